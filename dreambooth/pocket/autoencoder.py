@@ -1,0 +1,55 @@
+"""Gate (a): the autoencoder. Everything after it looks through it."""
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from dreambooth.pocket.scenes import Scenes, to_float
+from dreambooth.pocket.stage import Stage
+
+CHANNELS = 16  # of the latents, at an eighth of the side
+
+
+def build() -> AutoencoderKL:
+    """f=8: 64x64 pictures to 16x8x8 latents."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+class AutoencoderStage(Stage):
+    """Absolute and squared error, and a KL term just strong enough that the decoder forgives small errors."""
+
+    def __init__(self, scenes: Scenes, steps: int, seed: int, lr: float = 1.5e-3, batch: int = 16, kl: float = 2e-4):
+        super().__init__("autoencoder", steps, lr, seed, weight_decay=0.0)
+        self.model = build().to(memory_format=torch.channels_last)
+        self.scenes, self.batch, self.kl = scenes, batch, kl
+
+    def loss(self, g: torch.Generator) -> Tensor:
+        index = torch.randint(len(self.scenes), (self.batch,), generator=g)
+        pixels = to_float(self.scenes.pixels[index]).to(self.device, memory_format=torch.channels_last)
+        posterior = self.model.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=g).to(self.device)
+        error = self.model.decode(posterior.mean + posterior.std * noise).sample - pixels
+        divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return error.abs().mean() + 4 * error.pow(2).mean() + self.kl * divergence
+
+
+@torch.no_grad()
+def reconstruct(model: AutoencoderKL, pixels: Tensor, batch: int = 100) -> Tensor:
+    """Decode the posterior means of float pixels (N, 3, H, W), clipped to [-1, 1]."""
+    parts = [model.decode(model.encode(part).latent_dist.mean).sample for part in pixels.split(batch)]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def psnr(real: Tensor, other: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio, dB, of pixels in [-1, 1]."""
+    error = (real - other).pow(2).flatten(1).mean(1)
+    return (10 * torch.log10(4 / error)).mean().item()

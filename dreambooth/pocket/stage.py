@@ -1,0 +1,57 @@
+"""One training stage of the pocket world on Lightning: checkpointed, resumed, a function of (seed, step)."""
+
+import math
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dreambooth.noise import generator
+
+
+class Stage(pl.LightningModule):
+    """AdamW with warm-up and cosine decay around a loss that draws its own batch from (seed, step)."""
+
+    def __init__(self, name: str, steps: int, lr: float, seed: int, weight_decay: float = 0.01):
+        super().__init__()
+        self.name, self.steps, self.lr, self.seed, self.weight_decay = name, steps, lr, seed, weight_decay
+
+    def loss(self, g: torch.Generator) -> Tensor:
+        """The scalar loss of a batch that is drawn with ``g``."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.loss(generator(self.seed, self.global_step, self.name))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad], lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98)
+        )
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def fit(stage: Stage, folder: Path, every_n_train_steps: int = 250) -> None:
+    """Train ``stage`` to its last step, going on from the newest checkpoint in ``folder``."""
+    checkpoints = ModelCheckpoint(folder, filename=stage.name, every_n_train_steps=every_n_train_steps, enable_version_counter=False)
+    last = folder / f"{stage.name}.ckpt"
+    trainer = pl.Trainer(
+        max_steps=stage.steps,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        callbacks=[checkpoints, TQDMProgressBar(refresh_rate=50)],
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(stage, DataLoader(range(stage.steps), batch_size=None), ckpt_path=last if last.exists() else None, weights_only=True)
