@@ -1,0 +1,100 @@
+"""The composed tree: where conf/ lies, what is checked before anything expensive, and how to instantiate a node.
+
+Rules for the tasks: ``cfg.run_dir`` is always set, an absolute path as a string (Hydra's run folder under the command,
+the folder of the same overrides under ``compose``; change it with ``hydra.run.dir=DIR`` in both); cfg is read-only; and
+nodes are instantiated with ``build``, which lets a UserError through as it is.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dreambooth import nearest, rules
+from dreambooth.errors import UserError
+
+_HERE = Path(__file__).resolve().parent
+CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())  # wheel, or checkout
+
+
+def compose(overrides: list[str] | None = None) -> DictConfig:
+    """The tree that ``dreambooth *overrides`` would run; raises UserError in one line, as the command does."""
+    register_resolvers()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            cfg = hydra.compose("config", overrides=overrides or [], return_hydra_config=True)
+            node, folder = cfg.hydra, Path(cfg.hydra.run.dir).absolute()
+            tree = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+            return settle(tree, node, str(folder))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(explain(error)) from error
+
+
+def settle(cfg: DictConfig, hydra_node: DictConfig, run_dir: str) -> DictConfig:
+    """Check the task's tree against the cards it was composed from, fill in ``run_dir``, make it read-only.
+
+    Runs while Hydra is initialized, since the cards are composed once more without the experiment: a key that only
+    the experiment knows is misspelt, which Hydra by itself takes in silence.
+    """
+    if cfg.run_dir is not None:
+        raise UserError("run_dir is filled in; choose the run folder with hydra.run.dir=DIR")
+    cfg.run_dir = run_dir
+    overrides = list(hydra_node.overrides.task)
+    choices = hydra_node.runtime.choices
+    known = [f"{group}={'null' if choices[group] is None else choices[group]}" for group in groups()]
+    added = [override for override in overrides if override.startswith("+")]
+    cards = hydra.compose("config", overrides=[*(k for k in known if not k.startswith("experiment=")), *added])
+    source = f"experiment={choices.get('experiment')}: " if choices.get("experiment") else ""
+    rules.check(_plain(cfg), _plain(cards), source)
+    OmegaConf.set_readonly(cfg, True)
+    return cfg
+
+
+def build(node: DictConfig, *args: Any, **kwargs: Any) -> Any:
+    """Instantiate a ``_target_`` node; a UserError of its constructor arrives unwrapped."""
+    try:
+        return instantiate(node, *args, **kwargs)
+    except HydraException as error:
+        raise user_error(error) or error from error
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """The UserError among an exception and its causes."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of Hydra or OmegaConf, with the nearest right name."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return nearest.explain(error, _plain(hydra.compose("config")), groups())
+
+
+def groups() -> list[str]:
+    """The groups of config.yaml, in its order."""
+    entries = OmegaConf.load(CONF / "config.yaml").defaults
+    names = [str(next(iter(entry))) for entry in entries if OmegaConf.is_dict(entry)]
+    return [name for name in names if not name.startswith("override ")]
+
+
+def register_resolvers() -> None:
+    """The three functions that YAML may call: ``${run_id:...}``, ``${slug:...}`` and ``${subject:...}``."""
+    from dreambooth.pocket import SUBJECTS
+    from dreambooth.run_folder import run_id
+
+    OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.]+", "-", str(text)).strip("-."), replace=True)
+    OmegaConf.register_new_resolver("subject", lambda name: str(SUBJECTS / name), replace=True)
+
+
+def _plain(cfg: DictConfig) -> Mapping[str, Any]:
+    tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}

@@ -1,0 +1,77 @@
+"""One line for a name that does not exist, with the nearest that does."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import SequenceMatcher
+from typing import Any
+
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """``; did you mean 'train'?``, or the options when none of them is near."""
+    names = sorted(str(option) for option in options)
+    close = _closest(name, names, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close}'?"
+    return f"; there are {', '.join(names)}" if names else ""
+
+
+def nearest_key(key: str, tree: Mapping[str, Any]) -> str:
+    """The nearest key of the tree: at the place where the wrong one stands, else of the same name elsewhere."""
+    node: Any = tree
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, Mapping):
+            return f"; '{'.'.join(parts[:depth])}' is a value"
+        if part not in node:
+            break
+        node = node[part]
+    here = _closest(part, [str(name) for name in node], cutoff=0.6)
+    if here:
+        shorter = ".".join([*parts[:depth], here])
+        whole = ".".join([shorter, *parts[depth + 1 :]])
+        return f"; did you mean '{whole if whole in _keys(tree) else shorter}'?"
+    for name in _keys(tree):
+        if name.rpartition(".")[2] == parts[-1]:
+            return f"; did you mean '{name}'?"
+    return nearest(part, node) if depth else nearest(key, _keys(tree))
+
+
+def _closest(name: str, options: list[str], cutoff: float) -> str | None:
+    """The most similar option; of equally similar ones that with the longest common beginning."""
+
+    def score(option: str) -> tuple[float, int]:
+        same = next((i for i, (a, b) in enumerate(zip(name, option, strict=False)) if a != b), len(name))
+        return SequenceMatcher(None, name, option).ratio(), same
+
+    best = max(options, key=score, default="")
+    return best if best.startswith(name) or score(best)[0] >= cutoff else None
+
+
+def _keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        yield prefix + str(name)
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def explain(error: BaseException, tree: Mapping[str, Any], groups: Iterable[str]) -> str:
+    """One line for an error of Hydra or OmegaConf; ``tree`` and ``groups`` are what the names are compared with."""
+    text = str(error)
+    inside = re.match(r"In '([^']+)'", text)
+    place = f"in {inside[1]}.yaml: " if inside and inside[1] != "config" else ""
+    if isinstance(error, OverrideParseException):
+        hint = "write key=value" if "=" not in error.override else "quote the value: 'key=\"a, b\"'"
+        return f"cannot read '{error.override}'; {hint}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, card = str(error.missing_cfg_file).rpartition("/")
+        return f"{place}{group}={card}: there is no such card{nearest(card, error.options or groups)}"
+    wrong = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
+    if isinstance(error, ConfigCompositionException) and wrong:
+        group = "/" in wrong[1]
+        what, near = ("group", nearest(wrong[1], groups)) if group else ("key", nearest_key(wrong[1], tree))
+        return f"{place}{wrong[1]}: there is no such {what}{near}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    where = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    return f"{place}{where + ': ' if where else ''}{lines[0] if lines else type(error).__name__}"

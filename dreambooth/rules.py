@@ -1,0 +1,139 @@
+"""What every value of the tree may be, checked before anything is loaded; each complaint is one UserError."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dreambooth.errors import UserError
+from dreambooth.nearest import nearest, nearest_key
+
+MISSING = "???"
+TEXT_OR_LIST = ("infer.prompts", "callbacks.sample_grid.prompts")
+ANYTHING = ("trainer.devices", "trainer.strategy", "trainer.logger")  # Lightning takes several kinds
+NULLABLE: dict[str, type] = {  # null beside a value of this kind
+    "trainer.max_epochs": int,
+    "trainer.gradient_clip_val": float,
+    "model.revision": str,
+    "model.variant": str,
+    "model.restore_from_path": str,
+    "model.ema.decay": float,
+    "model.data.cached_instance_dir": str,
+    "model.data.cached_reg_dir": str,
+    "infer.negative_prompt": str,
+}
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+CHOICES = {
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),
+    "trainer.accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+    "model.sched.name": (
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+    ),
+    "model.data.sampler.sampler_type": ("DDIM", "PLMS", "DPM"),
+    "infer.sampler_type": ("DDIM", "PLMS", "DPM"),
+}  # fmt: skip
+Rule = tuple[Callable[[Any], bool], str]
+AT_LEAST_0: Rule = (lambda value: value >= 0, "at least 0")
+AT_LEAST_1: Rule = (lambda value: value >= 1, "at least 1")
+ABOVE_0: Rule = (lambda value: value > 0, "above 0")
+RANGES: dict[str, Rule] = {
+    "trainer.max_steps": (lambda value: value >= 1 or value == -1, "at least 1, or -1 with trainer.max_epochs"),
+    "trainer.max_epochs": AT_LEAST_1,
+    "trainer.num_nodes": AT_LEAST_1,
+    "trainer.accumulate_grad_batches": AT_LEAST_1,
+    "trainer.log_every_n_steps": AT_LEAST_1,
+    "trainer.gradient_clip_val": ABOVE_0,
+    "seed": AT_LEAST_0,
+    "model.micro_batch_size": AT_LEAST_1,
+    "model.prior_loss_weight": AT_LEAST_0,
+    "model.noise_offset": AT_LEAST_0,
+    "model.ema.decay": (lambda value: 0 < value < 1, "between 0 and 1"),
+    "model.sched.warmup_steps": AT_LEAST_0,
+    "model.weighting.gamma": ABOVE_0,
+    "model.optim.lr": ABOVE_0,
+    "model.optim.weight_decay": AT_LEAST_0,
+    "model.optim.eps": ABOVE_0,
+    "model.data.num_reg_images": AT_LEAST_0,
+    "model.data.num_images_per_prompt": AT_LEAST_1,
+    "model.data.resolution": AT_LEAST_1,
+    "model.data.cached_variants": AT_LEAST_1,
+    "model.data.train_data_repeats": AT_LEAST_1,
+    "model.data.num_workers": AT_LEAST_0,
+    "model.data.sampler.inference_steps": AT_LEAST_1,
+    "callbacks.nan_guard.patience": AT_LEAST_1,
+    "callbacks.checkpoint.every_n_train_steps": AT_LEAST_1,
+    "callbacks.sample_grid.every_n_train_steps": AT_LEAST_1,
+    "callbacks.sample_grid.num_images_per_prompt": AT_LEAST_1,
+    "callbacks.sample_grid.inference_steps": AT_LEAST_1,
+    "infer.num_images_per_prompt": AT_LEAST_1,
+    "infer.inference_steps": AT_LEAST_1,
+    "infer.seed": AT_LEAST_0,
+}
+
+
+def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -> None:
+    """Raise UserError at the first key that the cards lack, value of another kind, or value out of range.
+
+    ``source`` is put before a complaint about an unknown key; those can only come from an experiment.
+    """
+    values: dict[str, Any] = {}
+    _walk(tree, cards, "", values, source, cards)
+    for key, options in CHOICES.items():
+        if key in values and values[key] not in options:
+            raise UserError(f"{key}={values[key]}: there is no such choice{nearest(str(values[key]), options)}")
+    for key, (allowed, what) in RANGES.items():
+        if values.get(key) is not None and not allowed(values[key]):
+            raise UserError(f"{key}={values[key]}: must be {what}")
+    _check_prompts(values)
+    if values["trainer.max_steps"] == -1 and values["trainer.max_epochs"] is None:
+        raise UserError("trainer.max_steps=-1 leaves the end open; set it, or trainer.max_epochs")
+    if values["task"] in ("train", "prepare"):
+        for key, value in values.items():
+            if value == MISSING:
+                raise UserError(f"{key} is not set; type {key}=..., or take the shipped subject with model=pocket")
+
+
+def _walk(value: Any, card: Any, key: str, values: dict[str, Any], source: str, cards: Mapping[str, Any]) -> None:
+    if not isinstance(card, dict):
+        values[key] = value
+        return _check_kind(key, value, card)
+    if value is None and key.startswith("callbacks."):
+        return None
+    if not isinstance(value, dict):
+        raise UserError(f"{key}={value}: {key} holds keys; a card is picked with {key.replace('.', '/')}={value}")
+    swapped = value.get("_target_") != card.get("_target_")
+    for name, child in value.items():
+        full = f"{key}.{name}" if key else str(name)
+        if name in card:
+            _walk(child, card[name], full, values, source, cards)
+        elif not swapped and not (key == "callbacks" and isinstance(child, dict) and "_target_" in child):
+            raise UserError(f"{source}{full}: there is no such key{nearest_key(full, cards)}")
+    return None
+
+
+def _check_kind(key: str, value: Any, card: Any) -> None:
+    kind = NULLABLE.get(key, type(card))
+    if value in (None, MISSING) and (key in NULLABLE or value == card):
+        return
+    if key in ANYTHING or card == MISSING or kind is type(None):
+        kind = str if card == MISSING else object
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: number and isinstance(value, int),
+        float: number,
+        str: isinstance(value, str) or number,
+        list: isinstance(value, list) or (key in TEXT_OR_LIST and isinstance(value, str)),
+        object: True,
+    }
+    if not fits[kind]:
+        raise UserError(f"{key}={value}: must be {KINDS[kind]}")
+
+
+def _check_prompts(values: Mapping[str, Any]) -> None:
+    keys = ["model.data.instance_prompt", *TEXT_OR_LIST]
+    if values["model.with_prior_preservation"]:
+        keys.append("model.data.regularization_prompt")
+    for key in keys:
+        prompts = values.get(key, "unset")
+        listed = prompts if isinstance(prompts, list) else [prompts]
+        if not listed or not all(str(prompt).strip() for prompt in listed):
+            raise UserError(f"{key} is empty; type what the picture shows, such as {key}='a photo of a sks dog'")

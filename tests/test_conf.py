@@ -1,0 +1,149 @@
+"""Every card composes, binds to what it configures, and no experiment adds a key; wrong input gets one line."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from dreambooth import config
+from dreambooth.cli import TASKS
+from dreambooth.errors import UserError
+
+CARDS = sorted(
+    (str(path.parent.relative_to(config.CONF)), path.stem)
+    for path in config.CONF.glob("*/**/*.yaml")
+    if "hydra" not in path.parts
+)
+EXPERIMENTS = [card for group, card in CARDS if group == "experiment"]
+PHOTOS = "model.data.instance_dir=photos"
+
+
+def composed(*overrides: str) -> dict:
+    return OmegaConf.to_container(config.compose(list(overrides)), resolve=True)
+
+
+def targets(node, path=""):
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from targets(value, f"{path}.{key}".lstrip("."))
+
+
+def unbound(node: dict, given: int = 0) -> str:
+    """Why the arguments of a node do not fit the signature of its target, empty when they do."""
+    arguments = {key: value for key, value in node.items() if not key.startswith("_")}
+    signature = inspect.signature(get_object(node["_target_"]))
+    try:
+        (signature.bind_partial if node.get("_partial_") else signature.bind)(**arguments)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("group", "card"), CARDS, ids="/".join)
+def test_every_card_composes_and_binds(group, card):
+    cfg = composed(f"{group}={card}", PHOTOS)
+    problems = {path: unbound(node) for path, node in targets(cfg)}
+    assert not {path: problem for path, problem in problems.items() if problem}
+
+
+def test_the_default_is_the_demo_and_all_groups_are_in_the_table_of_contents():
+    cfg = config.compose()
+    assert cfg.model.from_pretrained == "pocket"
+    assert cfg.model.data.instance_dir.endswith("pocket/subjects/dog")
+    assert {group for group, _ in CARDS} == set(config.groups())
+
+
+def test_the_recipes_are_their_sources():
+    nemo = composed("experiment=nemo_sd15", PHOTOS)
+    assert (nemo["trainer"]["max_steps"], nemo["trainer"]["precision"], nemo["seed"]) == (400, "bf16-mixed", 1234)
+    assert (nemo["model"]["prior_loss_weight"], nemo["model"]["with_prior_preservation"]) == (0.5, False)
+    assert nemo["model"]["optim"]["lr"] == 1e-6
+    whole, vanilla, unet = (
+        composed(f"experiment=mindone_sd20{tail}", PHOTOS) for tail in ("", "_vanilla", "_unet_only")
+    )
+    assert (whole["trainer"]["max_epochs"], whole["model"]["data"]["train_data_repeats"]) == (4, 40)
+    assert (whole["model"]["train_text_encoder"], whole["model"]["optim"]["betas"]) == (True, [0.9, 0.98])
+    assert (vanilla["model"]["with_prior_preservation"], vanilla["model"]["optim"]) == (False, whole["model"]["optim"])
+    assert (unet["trainer"]["max_epochs"], unet["model"]["train_text_encoder"]) == (20, False)
+    diffusers = composed("experiment=diffusers_sd14", PHOTOS)["model"]
+    assert (diffusers["micro_batch_size"], diffusers["optim"]["lr"], diffusers["data"]["num_reg_images"]) == (
+        4,
+        5e-6,
+        100,
+    )
+
+
+def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    one, same, other = (config.compose(overrides) for overrides in (["seed=1"], ["infer.seed=7", "seed=1"], ["seed=2"]))
+    assert one.run_dir == same.run_dir != other.run_dir
+    assert Path(one.run_dir).parent == tmp_path / "outputs" / "dreambooth"
+    assert one.infer.model == one.run_dir
+    assert config.compose(["hydra.run.dir=here"]).run_dir == str(tmp_path / "here")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert Path(config.compose().run_dir).name == "12"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.max_step=3", ["trainer.max_step", "did you mean 'trainer.max_steps'"]),
+        ("traner.max_steps=3", ["did you mean 'trainer.max_steps'"]),
+        ("max_steps=3", ["did you mean 'trainer.max_steps'"]),
+        ("model.data.instance_dri=x", ["did you mean 'model.data.instance_dir'"]),
+        ("prior_loss_weight=0", ["did you mean 'model.prior_loss_weight'"]),
+        ("model=sd16", ["model=sd16", "did you mean 'sd1"]),
+        ("modle=sd15", ["did you mean 'model'"]),
+        ("model/optin=adamw", ["no such group", "did you mean 'model/optim'"]),
+        ("model/weighting=minsnr", ["did you mean 'min_snr'"]),
+        ("model.weighting=min_snr", ["model/weighting=min_snr"]),
+        ("experiment=nemo_sd51", ["did you mean 'nemo_sd15'"]),
+        ("~trainer.max_step", ["did you mean 'trainer.max_steps'"]),
+        ("train", ["cannot read 'train'", "key=value"]),
+        ("model.data.instance_prompt=a, b", ["model.data.instance_prompt"]),
+        ("model.data.instance_dir=${nowhere.at_all}", ["nowhere.at_all"]),
+        ("trainer.max_steps=abc", ["trainer.max_steps=abc", "whole number"]),
+        ("trainer.max_steps=1.5", ["whole number"]),
+        ("trainer.max_steps=0", ["at least 1"]),
+        ("trainer.max_steps=-1", ["max_epochs"]),
+        ("trainer.precision=16", ["did you mean '16-mixed'"]),
+        ("model.data.resolution=foo", ["model.data.resolution=foo", "whole number"]),
+        ("model.data.num_reg_images=-1", ["model.data.num_reg_images=-1", "at least 0"]),
+        ("model.data.num_reg_images=null", ["model.data.num_reg_images=None", "whole number"]),
+        ("model.micro_batch_size=0", ["at least 1"]),
+        ("model.prior_loss_weight=-0.1", ["at least 0"]),
+        ("model.train_text_encoder=maybe", ["true or false"]),
+        ("model.ema.decay=1", ["between 0 and 1"]),
+        ("model.optim.betas=0.9", ["a list"]),
+        ("model.data.instance_prompt=''", ["model.data.instance_prompt is empty"]),
+        ("infer.prompts=[]", ["infer.prompts is empty"]),
+        ("infer.sampler_type=DDMI", ["did you mean 'DDIM'"]),
+        ("model.sched.name=cosin", ["did you mean 'cosine'"]),
+        ("run_dir=x", ["hydra.run.dir"]),
+        ("model=sd15", ["model.data.instance_dir is not set"]),
+    ],
+)
+def test_wrong_input_is_one_line_with_the_right_name(override, words):
+    with pytest.raises(UserError) as caught:
+        config.compose([override])
+    line = str(caught.value)
+    assert "\n" not in line
+    assert all(word in line for word in words), line
+
+
+def test_right_input_of_several_kinds_is_taken():
+    given = """+trainer.deterministic=true trainer.devices=auto trainer.gradient_clip_val=null callbacks.export=null
+    infer.prompts=dog model.ema.decay=0.99 model.optim.lr=1 model.data.instance_prompt='a,b' name=7"""
+    cfg = config.compose(given.split())
+    assert (cfg.trainer.deterministic, cfg.callbacks.export, cfg.infer.prompts) == (True, None, "dog")
+
+
+def test_every_task_exists():
+    for task in TASKS.values():
+        assert callable(get_object(task.replace(":", ".")))
