@@ -1,0 +1,194 @@
+"""The run folder: which one a command means, and whether it begins, goes on, or is finished.
+
+Importable without torch, numpy and PIL: Hydra asks for the id before anything else is loaded.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dreambooth.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Settings (patterns on "key=value") that leave the trained weights and the pictures as they are: how the command is run,
+# where copies are kept, what is shown meanwhile. `task` and `infer` are among them, so that `task=generate` added to a
+# training command means the folder of that training. Devices and precision do change the bits and are not.
+IRRELEVANT = (
+    "task=train",
+    "task=prepare",
+    "task=generate",
+    "name=*",
+    "resume=*",
+    "hydra.*",
+    "hydra/*",
+    "run_dir=*",
+    "infer.*",
+    "infer=*",
+    "callbacks.checkpoint.*",
+    "callbacks.progress*",
+    "callbacks/progress*",
+    "model.data.num_workers=*",
+    "model.data.cached_instance_dir=*",
+    "model.data.cached_reg_dir=*",
+    "trainer.enable_*",
+    "trainer.log_every_n_steps=*",
+)
+GOALS = ("trainer.max_steps", "trainer.max_epochs")  # may be raised in a folder that exists
+FOLDER_VARIABLE = "DREAMBOOTH_RUN_FOLDER"  # tells the processes that Lightning starts what rank 0 decided
+MISSING = "(absent)"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; ``summary`` is that of the finished run, None while there is something to do."""
+
+    folder: Path
+    summary: dict[str, Any] | None = None
+
+
+def run_id(override_dirname: str) -> str:
+    """Name of the run: the SLURM job (``<array job>_<task>``), else torchrun's run id, else a hash of the overrides.
+
+    ``override_dirname`` is Hydra's ``key=value,key=value``; those in ``IRRELEVANT`` do not count. An interactive SLURM
+    shell is no job: several commands are typed in it.
+    """
+    env = os.environ
+    if env.get("SLURM_JOB_ID") and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        array = env.get("SLURM_ARRAY_JOB_ID")
+        return f"{array}_{env.get('SLURM_ARRAY_TASK_ID', '0')}" if array else env["SLURM_JOB_ID"]
+    if env.get("TORCHELASTIC_RUN_ID", "none") != "none":
+        return env["TORCHELASTIC_RUN_ID"]
+    overrides = re.split(r",(?=~|[+]*[A-Za-z_][\w./@]*=)", override_dirname)
+    relevant = sorted(override for override in overrides if not _irrelevant(override.lstrip("+~")))
+    return hashlib.blake2b("\n".join(relevant).encode(), digest_size=4).hexdigest()
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that writes, asked before any process group exists (Lightning's variables)."""
+    names = ["RANK"] if "RANK" in os.environ else ["LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"]
+    return all(int(os.environ.get(name, 0)) == 0 for name in names)
+
+
+def open_run(cfg: DictConfig, folder: Path) -> Run:
+    """Take ``folder`` for the run of ``cfg``: begin it, go on with it, or find it finished.
+
+    Beginning writes config.yaml. The same settings go on; a raised ``trainer.max_steps`` goes on too. With
+    ``resume=false`` a folder that is taken is left alone and the next free one of ``folder-2, folder-3, …`` begins.
+    Raises UserError when the folder belongs to other settings (naming them) or cannot be written.
+    """
+    if FOLDER_VARIABLE in os.environ and not is_rank_zero():
+        return Run(Path(os.environ[FOLDER_VARIABLE]))
+    if not cfg.get("resume", True):
+        folder = next(candidate for candidate in numbered(folder) if not _begun(candidate))
+    run = _claim(cfg, folder)
+    if is_rank_zero():
+        os.environ[FOLDER_VARIABLE] = str(run.folder)
+    return run
+
+
+def _claim(cfg: DictConfig, folder: Path) -> Run:
+    settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    summary_path = folder / "summary.json"
+    if not _begun(folder):
+        _write_config(settings, folder)
+        log.info("run folder %s", folder)
+        return Run(folder)
+    changed = _changes(_read_config(folder), settings)
+    raised = {key for key in GOALS if key in changed and _is_raise(*changed[key])}
+    refused = {key: values for key, values in changed.items() if key not in raised}
+    if refused:
+        shown = "; ".join(f"{key} {old} → {new}" for key, (old, new) in list(refused.items())[:6])
+        more = f" and {len(refused) - 6} more" if len(refused) > 6 else ""
+        raise UserError(
+            f"{folder} holds a run with other settings ({shown}{more}): type the old values to go on with it, "
+            "hydra.run.dir=ANOTHER_FOLDER, or resume=false to begin afresh beside it"
+        )
+    if raised:
+        if is_rank_zero():
+            # In this order a kill in between leaves the old goal without a summary: never a new goal called finished.
+            summary_path.unlink(missing_ok=True)
+            _write_config(settings, folder)
+    elif summary_path.exists():
+        summary = json.loads(summary_path.read_text())
+        log.info(
+            "%s is finished (%s steps): to train on, type hydra.run.dir=%s and a higher trainer.max_steps; "
+            "to begin afresh beside it, resume=false",
+            *(folder, summary["steps"], folder),
+        )
+        return Run(folder, summary)
+    log.info("going on in run folder %s", folder)
+    return Run(folder)
+
+
+def _irrelevant(setting: str) -> bool:
+    return any(fnmatchcase(setting, pattern) for pattern in IRRELEVANT)
+
+
+def numbered(folder: Path) -> Iterator[Path]:
+    """``folder``, ``folder-2``, ``folder-3``, and so on without end."""
+    yield folder
+    yield from (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run left anything beside its config: one that ended in an error before training holds no folder."""
+    others = (path.name for path in folder.glob("[!.]*") if path.name != "config.yaml")
+    return _config_path(folder).exists() and any(others)
+
+
+def _config_path(folder: Path) -> Path:
+    return folder / "config.yaml"
+
+
+def _read_config(folder: Path) -> DictConfig:
+    try:
+        config = OmegaConf.load(_config_path(folder))
+    except Exception as error:
+        raise UserError(f"{_config_path(folder)} cannot be read ({error}): type resume=false to begin afresh") from None
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{_config_path(folder)} is not a run's config: type hydra.run.dir=ANOTHER_FOLDER")
+    return config
+
+
+def _write_config(settings: DictConfig, folder: Path) -> None:
+    if not is_rank_zero():
+        return
+    temporary = folder / f".config.yaml.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(settings, temporary)
+        temporary.replace(_config_path(folder))
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {folder} ({error.strerror}): set hydra.run.dir=DIR") from None
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict) and node:
+        return {
+            key: value for name, child in node.items() for key, value in _flatten(child, f"{prefix}.{name}").items()
+        }
+    return {prefix[1:]: node}
+
+
+def _changes(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ and count, as key → (old, new)."""
+    before, after = (_flatten(OmegaConf.to_container(config)) for config in (old, new))
+    pairs = {key: (before.get(key, MISSING), after.get(key, MISSING)) for key in {**before, **after}}
+    return {
+        k: (a, b) for k, (a, b) in pairs.items() if a != b and not (_irrelevant(f"{k}={a}") or _irrelevant(f"{k}={b}"))
+    }
+
+
+def _is_raise(old: Any, new: Any) -> bool:
+    return isinstance(old, int) and isinstance(new, int) and (new == -1 or new > old > -1)

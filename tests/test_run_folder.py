@@ -1,0 +1,132 @@
+"""The run folder: the same command finds it again, and one folder holds one run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from dreambooth.errors import UserError
+from dreambooth.run_folder import FOLDER_VARIABLE, Run, is_rank_zero, open_run, run_id
+
+CLUSTER = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "NODE_RANK")
+
+
+@pytest.fixture(autouse=True)
+def outside_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*CLUSTER, FOLDER_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+
+
+def settings(**changes: object) -> DictConfig:
+    cfg = OmegaConf.create(
+        {
+            "task": "train",
+            "resume": True,
+            "seed": 1,
+            "trainer": {"max_steps": 4, "max_epochs": None},
+            "model": {"optim": {"lr": 1e-5}, "data": {"num_workers": 0, "prompt": "sks, ${seed}"}},
+            "infer": {"seed": 0},
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value)
+    return cfg
+
+
+def finish(folder: Path, steps: int) -> None:
+    (folder / "summary.json").write_text(json.dumps({"steps": steps}))
+
+
+def test_id_is_that_of_the_job_or_a_hash_of_what_changes_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = run_id("model=pocket,model.data.instance_prompt=a dog, sks=1")
+    how = "hydra.verbose=true,infer.prompts=[a,b,c],model.data.instance_prompt=a dog, sks=1,model=pocket,task=generate"
+    assert run_id(how) == run_id(how + ",trainer.log_every_n_steps=5") == plain
+    different = {run_id(text) for text in ("", "seed=2", "+seed=2,seed=3", "~callbacks.export,seed=2", "task=pretrain")}
+    assert len(different | {plain, run_id("trainer.max_steps=7")}) == 7
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert run_id("seed=2") in different
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    assert run_id("seed=2") == "abc"
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    assert run_id("seed=2") == "71"
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    assert run_id("seed=2") == "abc"
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert run_id("seed=2") == "70_3"
+
+
+def test_same_settings_go_on_finish_and_can_be_raised(tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "run"
+    assert open_run(settings(), folder) == Run(folder)
+    assert OmegaConf.load(folder / "config.yaml").model.data.prompt == "sks, 1"
+    assert open_run(settings(model__data__num_workers=3, task="prepare", infer__seed=9), folder) == Run(folder)
+    finish(folder, 4)
+    assert open_run(settings(), folder) == Run(folder, {"steps": 4})
+    (folder / "metrics.csv").touch()
+    assert open_run(settings(trainer__max_steps=6), folder) == Run(folder)
+    assert not (folder / "summary.json").exists()
+    assert OmegaConf.load(folder / "config.yaml").trainer.max_steps == 6
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.csv"]
+    with pytest.raises(UserError, match="trainer.max_steps 6 → 4"):
+        open_run(settings(), folder)
+
+
+def test_other_settings_are_refused_by_name_and_leave_the_folder_alone(tmp_path: Path) -> None:
+    open_run(settings(model__optim__lr=7), tmp_path)
+    open_run(settings(), tmp_path)  # nothing but a config: that run never began
+    (tmp_path / "metrics.csv").touch()
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(
+        UserError, match=r"model\.optim\.lr 1e-05 → 0\.1; extra \(absent\) → 3\).*hydra\.run\.dir="
+    ) as caught:
+        open_run(settings(model__optim__lr=0.1, extra=3, trainer__max_steps=9), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    (tmp_path / "config.yaml").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_run(settings(), tmp_path)
+
+
+def test_afresh_takes_the_next_free_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    taken = []
+    for _ in range(3):
+        run = open_run(settings(resume=False), folder)
+        (run.folder / "metrics.csv").touch()
+        taken.append(run.folder.name)
+    assert taken == ["run", "run-2", "run-3"]
+    assert open_run(settings(), tmp_path / "run-2").summary is None
+
+
+def test_other_ranks_write_nothing_and_follow_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not is_rank_zero()
+    assert open_run(settings(), tmp_path / "run") == Run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    open_run(settings(), tmp_path / "run")
+    (tmp_path / "run" / "metrics.csv").touch()
+    assert open_run(settings(resume=False), tmp_path / "run").folder.name == "run-2"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert open_run(settings(resume=False), tmp_path / "run").folder.name == "run-2"
+    monkeypatch.setenv("RANK", "0")
+    assert is_rank_zero()
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"hydra\.run\.dir"):
+        open_run(settings(), tmp_path / "file" / "run")
+
+
+def test_the_id_needs_no_torch() -> None:
+    code = "import sys, dreambooth.run_folder; print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "False"
