@@ -1,0 +1,1 @@
+"""What the network learns from: pictures, their latents, and the order in which they come."""

@@ -1,0 +1,254 @@
+"""The pictures of one subject and of its class, ready for training: checked, drawn, encoded, in order."""
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from diffusers import DiffusionPipeline
+from pytorch_lightning.strategies import Strategy
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dreambooth.data import checks, regularization
+from dreambooth.data.latents import Entry, Item, gather, moments_key, prompt_key
+from dreambooth.data.pairs import Role, Stream
+from dreambooth.data.views import View, draw_view, pixels
+from dreambooth.families.base import Family
+from dreambooth.files import file_hash, list_pictures
+from dreambooth.noise import generator
+from dreambooth.sampling import check_sampler
+
+log = logging.getLogger(__name__)
+
+INSTANCE, REGULARIZATION = "instance", "regularization"
+FOLDER_KEYS = {INSTANCE: "model.data.instance_dir", REGULARIZATION: regularization.KEY}
+CACHE_KEYS = {INSTANCE: "model.data.cached_instance_dir", REGULARIZATION: "model.data.cached_reg_dir"}
+
+
+class DreamBoothDataModule(pl.LightningDataModule):
+    """Instance and regularization pictures as an endless stream of micro-batches (see ``pairs.Stream``).
+
+    ``check`` finds what a user can have got wrong. ``setup`` does it first, then draws the missing regularization
+    pictures, encodes pictures and prompts, and moves the networks that do not learn to the CPU. All ranks share the
+    work, on a common file system. ``counts`` says afterwards how many pictures there are, what was made, and how long
+    it took.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        instance_dir: str,
+        instance_prompt: str,
+        regularization_dir: str | None,
+        regularization_prompt: str | None,
+        sampler: dict[str, Any],
+        num_reg_images: int = 200,
+        num_images_per_prompt: int = 4,
+        resolution: int = 512,
+        center_crop: bool = True,
+        random_flip: bool = False,
+        num_workers: int = 0,
+        cached_instance_dir: str | None = None,
+        cached_reg_dir: str | None = None,
+        cached_variants: int = 1,
+        train_data_repeats: int = 1,
+        use_cached_latents: bool = True,
+        with_prior_preservation: bool = True,
+        train_text_encoder: bool = False,
+        micro_batch_size: int = 1,
+        seed: int = 1234,
+        restore_from_path: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.family, self.restore_from_path, self.sampler, self.seed = family, restore_from_path, dict(sampler), seed
+        self.prompts = {INSTANCE: instance_prompt, REGULARIZATION: regularization_prompt or ""}
+        self.folders = {INSTANCE: Path(instance_dir), REGULARIZATION: Path(regularization_dir or "")}
+        given = {INSTANCE: cached_instance_dir, REGULARIZATION: cached_reg_dir}
+        self.caches = {role: Path(given[role] or f"{folder}_cached") for role, folder in self.folders.items()}
+        self.roles = (INSTANCE, REGULARIZATION) if with_prior_preservation else (INSTANCE,)
+        self.num_reg_images, self.num_images_per_prompt = num_reg_images, num_images_per_prompt
+        self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
+        self.num_workers, self.micro_batch_size = num_workers, micro_batch_size
+        self.cached_variants, self.train_data_repeats = cached_variants, train_data_repeats
+        self.use_cached_latents, self.train_text_encoder = use_cached_latents, train_text_encoder
+        self.counts: dict[str, Any] = {}
+        self.ready: list[Role] = []
+
+    def check(self) -> None:
+        """Look for every mistake that can be seen without drawing or encoding; UserError names the first one."""
+        least = {"num_workers": 0, "cached_variants": 1, "train_data_repeats": 1, "num_images_per_prompt": 1}
+        least["num_reg_images"] = 1 if REGULARIZATION in self.roles else 0
+        for name, number in least.items():
+            checks.whole_number(getattr(self, name), number, f"model.data.{name}")
+        checks.whole_number(self.micro_batch_size, 1, "model.micro_batch_size")
+        checks.resolution(self.resolution, self.family.factor)
+        for role in self.roles:
+            checks.prompt(self.prompts[role], f"model.data.{role}_prompt")
+        list_pictures(self.folders[INSTANCE], FOLDER_KEYS[INSTANCE])
+        for role in self.roles if self.use_cached_latents else ():
+            checks.writable(self.caches[role], CACHE_KEYS[role])
+        if REGULARIZATION in self.roles:
+            checks.apart(self.folders[REGULARIZATION], self.folders[INSTANCE], regularization.KEY)
+            checks.writable(self.folders[REGULARIZATION], regularization.KEY)
+            check_sampler(self.sampler, "model.data.sampler")
+            regularization.inspect(self.folders[REGULARIZATION], self.settings())
+
+    def setup(self, stage: str | None = None) -> None:
+        """Fill the regularization folder and the caches, together with the other ranks, then free the device."""
+        self.check()
+        start = time.perf_counter()
+        drawn = self.draw_missing() if REGULARIZATION in self.roles else 0
+        filled = time.perf_counter()
+        self.ready, encoded = [], 0
+        for role in self.roles:
+            paths = list_pictures(self.folders[role], FOLDER_KEYS[role], known=(regularization.MANIFEST,))
+            moments, made = self.encode_pictures(role, paths) if self.use_cached_latents else (None, 0)
+            cond = None if self.train_text_encoder else self.encode_prompt(role)
+            self.ready.append(Role(role, self.prompts[role], paths, moments, cond))
+            encoded += made
+        self.settle()
+        self.counts = {
+            "num_instance": len(self.ready[0].paths),
+            "num_regularization": sum(len(role.paths) for role in self.ready[1:]),
+            "regularization_generated": drawn,
+            "latents_encoded": encoded,
+            "seconds": {"prepare_regularization": filled - start, "cache_latents": time.perf_counter() - filled},
+        }
+        self.report()
+
+    def train_dataloader(self) -> DataLoader:
+        """The endless stream from the trainer's optimizer step on; it has no length, so Lightning keeps no place in it."""
+        assert self.trainer is not None
+        stream = Stream(
+            self.ready,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            accumulate=self.trainer.accumulate_grad_batches,
+            first_step=self.trainer.global_step,
+            resolution=self.resolution,
+            center_crop=self.center_crop,
+            random_flip=self.random_flip,
+        )
+        return DataLoader(
+            stream, batch_size=None, num_workers=self.num_workers, persistent_workers=self.num_workers > 0
+        )
+
+    @property
+    def num_instance(self) -> int:
+        """How many photos of the subject there are."""
+        return len(list_pictures(self.folders[INSTANCE], FOLDER_KEYS[INSTANCE]))
+
+    @property
+    def strategy(self) -> Strategy:
+        """What knows this process's rank, its device, and how to wait for the others."""
+        assert self.trainer is not None
+        return self.trainer.strategy
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """How the ranks share work, as ``regularization.fill`` and ``latents.gather`` take it."""
+        strategy = self.strategy
+        return {"rank": strategy.global_rank, "world": strategy.world_size, "barrier": strategy.barrier}
+
+    def settings(self) -> dict[str, Any]:
+        """What the regularization pictures depend on, for their manifest."""
+        return regularization.describe(
+            base=self.family.fingerprint() if self.draws_itself else str(self.restore_from_path),
+            prompt=self.prompts[REGULARIZATION],
+            sampler=self.sampler,
+            resolution=self.resolution,
+            seed=self.seed,
+            num_images_per_prompt=self.num_images_per_prompt,
+        )
+
+    @property
+    def draws_itself(self) -> bool:
+        """Whether the family, still untouched, draws the regularization pictures."""
+        return self.restore_from_path in (None, self.family.source)
+
+    def draw_missing(self) -> int:
+        """Draw the missing regularization pictures in the trainer's precision; how many all ranks drew."""
+        with self.strategy.precision_plugin.forward_context():
+            return regularization.fill(
+                self.drawing_pipeline,
+                self.folders[REGULARIZATION],
+                self.num_reg_images,
+                self.settings(),
+                **self.shared,
+            )
+
+    def drawing_pipeline(self) -> DiffusionPipeline:
+        """The family, or the model that ``restore_from_path`` names, on the device."""
+        family = self.family if self.draws_itself else type(self.family)(self.restore_from_path)  # type: ignore
+        family.move(self.strategy.root_device)
+        return family.to_pipeline()
+
+    def encode_pictures(self, role: str, paths: list[Path]) -> tuple[list[list[Tensor]], int]:
+        """The moments (2C, h, w) of all variants of each picture, from the cache, and how many had to be made."""
+        vae = self.family.fingerprint("vae")
+        items = []
+        for path in paths:
+            content = file_hash(path)
+            for view in self.views(content):
+                key = moments_key(content, view, self.resolution, vae)
+                items.append(Item(self.caches[role], CACHE_KEYS[role], key, partial(self.moments, path, view)))
+        entries, made = gather(items, f"encoding {role} pictures", "latent", **self.shared)
+        moments = [entry["moments"] for entry in entries]
+        variants = len(items) // len(paths)
+        return [moments[first : first + variants] for first in range(0, len(moments), variants)], made
+
+    def views(self, content: str) -> list[View]:
+        """The cached crops and flips of a picture, drawn from the seed and the hash of its bytes."""
+        random = self.random_flip or not self.center_crop
+        return [
+            draw_view(generator(self.seed, content, variant, "view"), self.center_crop, self.random_flip)
+            for variant in range(self.cached_variants if random else 1)
+        ]
+
+    def moments(self, path: Path, view: View) -> Entry:
+        """Encode one picture, alone: the bits of a result depend on the size of its batch."""
+        self.family.move(self.strategy.root_device, "vae")
+        square = pixels(path, view, self.resolution).to(self.strategy.root_device)
+        with torch.no_grad():
+            return {"moments": self.family.encode_pictures(square[None])[0]}
+
+    def encode_prompt(self, role: str) -> Entry:
+        """The embeddings (1, ...) of a role's prompt, from the cache if latents are cached."""
+        readers = [name for name in self.family.networks if name.startswith("text_encoder")]
+
+        def make() -> Entry:
+            self.family.move(self.strategy.root_device, *readers)
+            with torch.no_grad():
+                return {name: value.cpu() for name, value in self.family.encode_prompts([self.prompts[role]]).items()}
+
+        if not self.use_cached_latents:
+            return make()
+        key = prompt_key(self.family.tokens([self.prompts[role]]).tolist(), self.family.fingerprint(*readers))
+        item = Item(self.caches[role], CACHE_KEYS[role], key, make)
+        return gather([item], f"encoding the {role} prompt", "prompt", **self.shared)[0][0]
+
+    def settle(self) -> None:
+        """Move the networks that do not learn off the device, except the VAE when every step encodes."""
+        for name, network in self.family.networks.items():
+            if name == "vae" and not self.use_cached_latents:
+                self.family.move(self.strategy.root_device, name)
+            elif not any(weight.requires_grad for weight in network.parameters()):
+                self.family.move("cpu", name)
+
+    def report(self) -> None:
+        """Say in one line what was found and what was made."""
+        if self.strategy.global_rank:
+            return
+        counts = self.counts
+        latents = sum(len(variants) for role in self.ready for variants in role.moments or [])
+        found = [f"{counts['num_regularization']} regularization pictures"] * (len(self.ready) > 1)
+        found += [f"{latents} latents"] * self.use_cached_latents
+        drawn, encoded = counts["regularization_generated"], counts["latents_encoded"]
+        made = [f"{drawn} pictures drawn"] * (drawn > 0) + [f"{encoded} latents encoded"] * (encoded > 0)
+        log.info("%s found, %s", " and ".join(found) or "photos", " and ".join(made) or "nothing to make")

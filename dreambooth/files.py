@@ -1,0 +1,154 @@
+"""Folders of pictures, atomic writes and content keys."""
+
+import hashlib
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dreambooth.errors import UserError
+
+WRITE_ERRORS = ("No space left", "inline_container", "iostream error")
+log = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES = {
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".tif",
+    ".tiff",
+    ".webp",
+}
+
+
+def list_pictures(folder: Path, key: str, known: Collection[str] = ()) -> list[Path]:
+    """The pictures of a folder, sorted by name, each one decoded to the end.
+
+    Hidden files and folders are skipped, other files reported once and ignored, except those ``known`` by name.
+    Raises UserError, which names the config ``key``: no such folder, no picture, or all unreadable pictures at once.
+    """
+    paths = picture_paths(folder, key, known)
+    faults = {path.name: fault for path in paths if (fault := fault_of(path))}
+    if faults:
+        names = ", ".join(f"{name} ({fault})" for name, fault in faults.items())
+        many = "picture cannot" if len(faults) == 1 else "pictures cannot"
+        raise UserError(f"{key}: {len(faults)} of {len(paths)} {many} be read in {folder}: {names}; repair or remove")
+    if not paths:
+        raise UserError(f"{key}: there is no picture in {folder}; put some .jpg or .png there or name another folder")
+    return paths
+
+
+def picture_paths(folder: Path, key: str, known: Collection[str] = ()) -> list[Path]:
+    """As ``list_pictures``, but nothing is decoded and an empty folder is no error."""
+    folder = Path(folder)
+    try:
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    except OSError as error:
+        raise UserError(f"{key}: cannot open {folder} ({error.strerror}); name a folder of pictures") from error
+    others = tuple(f.name for f in files if f.suffix.lower() not in PICTURE_SUFFIXES and f.name not in known)
+    if others:
+        report_ignored(folder, others)
+    return [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+
+
+@cache
+def report_ignored(folder: Path, names: tuple[str, ...]) -> None:
+    """Say once in a process which files of a folder are not taken for pictures."""
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    log.warning("%s: not pictures, ignored: %s", folder, listed)
+
+
+def fault_of(path: Path) -> str | None:
+    """Why a file is no readable picture, or None when it is one."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return error.strerror
+    return _fault(path, status.st_size, status.st_mtime_ns) if status.st_size else "0 bytes"
+
+
+@cache
+def _fault(path: Path, size: int, modified: int) -> str | None:
+    """The fault of a file in one state, so that a process decodes it once to check it."""
+    try:
+        open_picture(path)
+    except UnidentifiedImageError:
+        return "not a picture PIL knows"
+    except Exception as error:  # decoders raise whatever they meet: OSError, SyntaxError, struct.error, ...
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture as 8-bit RGB, upright: EXIF-rotated, transparency over white, 16 bit scaled rather than clipped."""
+    with Image.open(path) as file:
+        file.load()
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):
+        levels = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("32-bit float pixels have no agreed range")
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return image.convert("RGB")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling to write a file or folder at, and rename it to ``path`` on success.
+
+    Nothing is left behind on failure. Being unable to write (full disk, read-only folder) is a UserError with the path.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        # On a full disk torch.save and safetensors raise errors of their own.
+        if isinstance(error, OSError) or any(sign in str(error) for sign in WRITE_ERRORS):
+            reason = getattr(error, "strerror", None) or "no space left on the device?"
+            raise UserError(f"cannot write {path}: {reason}; make room or name another folder") from error
+        raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that ``atomic`` left in ``folder`` when its process, on this machine, was killed."""
+    for path in folder.glob(f".*.{socket.gethostname()}-*.tmp"):
+        try:
+            os.kill(int(path.stem.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            continue
+
+
+def content_key(*parts: object) -> str:
+    """A short name, equal for equal parts: numbers, strings, tuples or None."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """The hash of a file's bytes."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

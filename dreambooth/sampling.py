@@ -1,0 +1,101 @@
+"""Pictures from a diffusers pipeline: fixed batch shapes, a generator for each picture, and no trace left behind."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from dreambooth.errors import UserError
+
+SAMPLERS = {
+    "DDIM": diffusers.DDIMScheduler,
+    "PLMS": diffusers.PNDMScheduler,
+    "DPM": diffusers.DPMSolverMultistepScheduler,
+    "EULER": diffusers.EulerDiscreteScheduler,
+}
+# Stable Diffusion's settings, for what a checkpoint's scheduler leaves unsaid: diffusers' own default clips x0 to
+# [-1, 1], which washes latents out.
+UNSAID = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
+
+
+def check_sampler(settings: Mapping[str, Any], key: str) -> None:
+    """Raise UserError, which names the key below ``key``, unless these settings can draw.
+
+    They are ``sampler_type``, ``inference_steps`` and ``unconditional_guidance_scale``, as in ``model.data.sampler``.
+    """
+    sampler_class(settings["sampler_type"], f"{key}.sampler_type")
+    steps, guidance = settings["inference_steps"], settings["unconditional_guidance_scale"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
+        raise UserError(f"{key}.inference_steps={steps} is no number of steps; type 1 to 1000, for example 50")
+    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or guidance < 0:
+        raise UserError(f"{key}.unconditional_guidance_scale={guidance} is no scale; type for example 7.5")
+
+
+def sampler_class(sampler_type: str, key: str = "sampler_type") -> type:
+    """The diffusers scheduler that a sampler's name stands for."""
+    if sampler_type not in SAMPLERS:
+        raise UserError(f"{key}={sampler_type} is unknown; type one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[sampler_type]
+
+
+def scheduler_for(own: Any, sampler_type: str) -> Any:
+    """A new scheduler of the named type with the noise levels and prediction type of the pipeline's ``own``."""
+    unsaid = own.config.get("_use_default_values", [])
+    said = {name: value for name, value in own.config.items() if name not in unsaid}
+    return sampler_class(sampler_type).from_config({**UNSAID, **said})  # type: ignore[attr-defined]
+
+
+def draw(
+    pipeline: Any,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int,
+    guidance: float,
+    sampler_type: str,
+    negative_prompt: str | None,
+    resolution: int,
+) -> list[Image.Image]:
+    """One batch of len(prompts) pictures, picture i a function of prompts[i], seeds[i] and the length of the batch.
+
+    The pipeline's networks come back in the modes they were in, and its scheduler is its own again.
+    """
+    own = pipeline.scheduler
+    pipeline.scheduler = scheduler_for(own, sampler_type)
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        with torch.no_grad(), eval_mode(pipeline):
+            levels = pipeline(
+                prompts,
+                negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=resolution,
+                width=resolution,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="np",
+            ).images
+    finally:
+        pipeline.scheduler = own
+    if not np.isfinite(levels).all():
+        raise UserError("the model draws pictures that are not finite; try trainer.precision=32-true or other weights")
+    return pipeline.numpy_to_pil(levels)
+
+
+@contextmanager
+def eval_mode(pipeline: Any) -> Iterator[None]:
+    """Put every network of a pipeline in evaluation, and each of its parts back in its own mode afterwards."""
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
