@@ -54,7 +54,8 @@ def test_loss_without_weight_is_the_mean_squared_error_in_float32(pair):
     x0, noise = pair
     pred = (noise * 0.9).bfloat16()
     loss = Diffusion.from_scheduler(DDPMScheduler(**SD)).loss(pred, x0, noise, T, None)
-    assert loss.shape == (len(T),) and loss.dtype == torch.float32
+    assert loss.shape == (len(T),)
+    assert loss.dtype == torch.float32
     expected = torch.nn.functional.mse_loss(pred.float(), noise, reduction="none").mean((1, 2, 3))
     torch.testing.assert_close(loss, expected)
 
@@ -75,12 +76,13 @@ def test_reads_the_checkpoints_own_scheduler():
     assert objective.prediction_type == "v_prediction"
     torch.testing.assert_close(objective.alphas_cumprod, pndm.alphas_cumprod)
     assert Diffusion.from_scheduler(EulerDiscreteScheduler(**SD)).prediction_type == "epsilon"
-    with pytest.raises(UserError, match="flow.*epsilon, v_prediction, sample"):
+    with pytest.raises(UserError, match=r"flow.*epsilon, v_prediction, sample"):
         Diffusion(pndm.alphas_cumprod, "flow")
 
 
 def test_times_cover_every_level_once():
     objective = Diffusion.from_scheduler(DDPMScheduler(**SD))
     t = objective.sample_t(stratified(1000, seed=0, step=0, purpose="t"))
-    assert t.dtype == torch.int64 and t.sort().values.tolist() == list(range(1000))
+    assert t.dtype == torch.int64
+    assert t.sort().values.tolist() == list(range(1000))
     assert objective.sample_t(torch.tensor([0.0, 1 - 2**-24, 1.0])).tolist() == [0, 999, 999]

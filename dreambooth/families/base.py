@@ -1,0 +1,83 @@
+"""What a family of networks owes the rest of the program."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from dreambooth.objective import Diffusion
+
+
+class Family(ABC):
+    """Networks in a plain dict, so that a LightningModule registers only those that learn, and what they do together.
+
+    ``factor`` is the number of pixels a latent cell spans, ``source`` what ``model.from_pretrained`` named.
+    """
+
+    objective: Diffusion
+    factor: int
+    source: str
+
+    def __init__(self, networks: dict[str, nn.Module]):
+        self.networks = networks
+        self._fingerprints: dict[str, str] = {}
+
+    @abstractmethod
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to moments (B, 2C, h, w): mean and log variance, float32."""
+
+    @abstractmethod
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """A sample of the moments (B, 2C, h, w) by ``noise`` (B, C, h, w), in the scale that the denoiser works in."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What ``denoise`` takes of the prompts, (B, ...) each; gradients flow into a text encoder that learns."""
+
+    @abstractmethod
+    def denoise(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """The prediction (B, C, h, w) for noisy latents (B, C, h, w) at time steps (B,)."""
+
+    @abstractmethod
+    def trainable(self) -> dict[str, nn.Module]:
+        """The networks a tuning may touch, by their name in ``networks``."""
+
+    @abstractmethod
+    def to_pipeline(self) -> DiffusionPipeline:
+        """A diffusers pipeline around the same networks, with a scheduler of its own and no safety checker."""
+
+    @abstractmethod
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write all networks as a diffusers folder, weights in ``dtype`` (None: as they are). See folder.export."""
+
+    def fingerprint(self, *names: str) -> str:
+        """16 hex digits of the weights of the named networks (all by default), as they were at the first call."""
+        digest = hashlib.sha256()
+        for name in sorted(names or self.networks):
+            if name not in self._fingerprints:
+                self._fingerprints[name] = hash_of(self.networks[name])
+            digest.update(f"{name}={self._fingerprints[name]};".encode())
+        return digest.hexdigest()[:16]
+
+    def move(self, device: torch.device | str, *names: str) -> None:
+        """Move the named networks (all by default) to ``device``."""
+        for name in names or tuple(self.networks):
+            self.networks[name].to(device)
+
+
+def hash_of(network: nn.Module) -> str:
+    """SHA-256 of a network's weights: names, dtypes, shapes and bytes, the same on every machine."""
+    digest = hashlib.sha256()
+    for piece in _pieces(network):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(network: nn.Module) -> Iterator[bytes | memoryview]:
+    for name, value in sorted(network.state_dict().items()):
+        yield f"{name} {value.dtype} {tuple(value.shape)}\n".encode()
+        yield memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
