@@ -2,21 +2,19 @@
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from dreambooth import config
 from dreambooth.errors import UserError
+from dreambooth.nearest import nearest
 
 TASKS: dict[str, str] = {
     "prepare": "dreambooth.tasks:prepare",
@@ -30,44 +28,51 @@ def main() -> None:
     """Run one command; exit code 2 and one line on stderr when what was typed cannot be done."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting 1
     config.register_resolvers()
-    try:
+    with _one_line(config.COMPOSITION_ERRORS):
         _run()
+
+
+@hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
+def _run(cfg: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        with _one_line(()):  # here too: Hydra writes a line of its own about every exception but SystemExit
+            settled = config.settle(cfg, HydraConfig.get(), str(folder))
+            _task(str(cfg.task))(settled)
+    finally:
+        _remove_empty(folder)
+
+
+def _task(name: str) -> Callable[[DictConfig], Any]:
+    if name not in TASKS:
+        raise UserError(f"task={name}: there is no such task{nearest(name, TASKS)}")
+    module, function = TASKS[name].split(":")
+    return getattr(import_module(module), function)
+
+
+@contextmanager
+def _one_line(composing: tuple[type[Exception], ...]) -> Iterator[None]:
+    """End the process with one line for a UserError, and for the errors met while ``composing``."""
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        line = _line_for(error)
+        known = config.user_error(error)
+        line = str(known) if known else None
+        if line is None and composing:
+            line = _unwritable(error) or (config.explain(error) if isinstance(error, composing) else None)
         if line is None:
             raise
         print(f"dreambooth: {line}", file=sys.stderr)
         sys.exit(2)
 
 
-@hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
-def _run(cfg: DictConfig) -> None:
-    folder = HydraConfig.get().runtime.output_dir
-    try:
-        _task(str(cfg.task))(config.settle(cfg, HydraConfig.get(), folder))
-    except Exception:
-        _remove_empty(Path(folder))
-        raise
-
-
-def _task(name: str) -> Callable[[DictConfig], Any]:
-    if name not in TASKS:
-        raise UserError(f"task={name}: there is no such task{config.nearest(name, TASKS)}")
-    module, function = TASKS[name].split(":")
-    return getattr(import_module(module), function)
-
-
-def _line_for(error: BaseException) -> str | None:
-    """The one line that explains an error of the user's, None for every other error."""
-    if (known := config.user_error(error)) is not None:
-        return str(known)
-    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
-        return config.explain(error)
-    if isinstance(error, OSError) and error.filename and not HydraConfig.initialized():
-        return f"cannot write the run folder {error.filename}: {error.strerror}; choose another with hydra.run.dir=DIR"
-    return None
+def _unwritable(error: Exception) -> str | None:
+    """Hydra makes the run folder before the task begins."""
+    if not isinstance(error, OSError) or not error.filename:
+        return None
+    return f"cannot write the run folder {error.filename}: {error.strerror}; choose another with hydra.run.dir=DIR"
 
 
 def _remove_empty(folder: Path) -> None:

@@ -15,12 +15,14 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dreambooth import nearest, rules
 from dreambooth.errors import UserError
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())  # wheel, or checkout
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 
 
 def compose(overrides: list[str] | None = None) -> DictConfig:
@@ -30,13 +32,13 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             cfg = hydra.compose("config", overrides=overrides or [], return_hydra_config=True)
             node, folder = cfg.hydra, Path(cfg.hydra.run.dir).absolute()
-            tree = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+            tree = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
             return settle(tree, node, str(folder))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except COMPOSITION_ERRORS as error:
         raise UserError(explain(error)) from error
 
 
-def settle(cfg: DictConfig, hydra_node: DictConfig, run_dir: str) -> DictConfig:
+def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
     """Check the task's tree against the cards it was composed from, fill in ``run_dir``, make it read-only.
 
     Runs while Hydra is initialized, since the cards are composed once more without the experiment: a key that only

@@ -6,6 +6,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from yaml import MarkedYAMLError
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -69,9 +70,14 @@ def explain(error: BaseException, tree: Mapping[str, Any], groups: Iterable[str]
         return f"{place}{group}={card}: there is no such card{nearest(card, error.options or groups)}"
     wrong = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
     if isinstance(error, ConfigCompositionException) and wrong:
-        group = "/" in wrong[1]
-        what, near = ("group", nearest(wrong[1], groups)) if group else ("key", nearest_key(wrong[1], tree))
-        return f"{place}{wrong[1]}: there is no such {what}{near}"
+        name = wrong[1]
+        what, near = ("group", nearest(name, groups)) if "/" in name else ("key", nearest_key(name, tree))
+        return f"{place}{name}: there is no such {what}{near}"
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}"
+    if text.startswith("Ambiguous value"):
+        return f"{text.splitlines()[0]}; quote a text with commas: 'key=\"a, b\"', or sweep with --multirun"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     where = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     return f"{place}{where + ': ' if where else ''}{lines[0] if lines else type(error).__name__}"

@@ -1,0 +1,96 @@
+"""The command as a person meets it: real processes for help, exit codes and the one line, in any directory."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dreambooth import cli, config
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch.py"
+
+
+def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(LAUNCH), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def in_process(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored afterwards; main() sets it
+    monkeypatch.setattr(sys, "argv", [str(LAUNCH), *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code, capsys.readouterr().err
+
+
+def test_help_reads_like_a_page_without_loading_torch(tmp_path):
+    begun = time.time()
+    result = launch("--help", cwd=tmp_path)
+    assert time.time() - begun < 3
+    assert result.returncode == 0
+    assert not result.stderr
+    names = {path.stem for path in config.CONF.glob("*/**/*.yaml") if "hydra" not in path.parts}
+    assert [name for name in [*names, *config.groups(), *cli.TASKS] if name not in result.stdout] == []
+    assert max(map(len, result.stdout.splitlines())) <= 120
+    probe = "import sys, dreambooth.cli; sys.exit(bool({'torch', 'diffusers', 'pytorch_lightning'} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": str(LAUNCH.parent)}
+    assert subprocess.run([sys.executable, "-c", probe], env=environment, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trainer.max_step=2"], "did you mean 'trainer.max_steps'?"),
+        (["model.data.num_reg_images=-1"], "model.data.num_reg_images=-1: must be at least 0"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(arguments, words, tmp_path):
+    result = launch(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert words in result.stderr
+    assert not result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["task=trian"], "did you mean 'train'?"),
+        (["=3"], "dreambooth: "),
+        (["trainer=default,gpu"], "quote a text with commas"),
+        (["hydra.run.dir=/proc/nowhere/run"], "cannot write the run folder"),
+        (["--config-dir", "nowhere"], "nowhere"),
+    ],
+)
+def test_every_kind_of_mistake_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, line = in_process(monkeypatch, capsys, *arguments)
+    assert (code, line.count("\n")) == (2, 1), line
+    assert words in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {optim: {lrr: 1}}", "experiment=mine: model.optim.lrr: there is no such key; did you mean 'model.optim.lr'"),
+        ("modle: {seed: 1}", "experiment=mine: modle: there is no such key; did you mean 'model'"),
+        ("trainer: {max_steps: ten}", "trainer.max_steps=ten: must be a whole number"),
+        ("defaults: [override /model/weighting: minsnr]", "did you mean 'min_snr'"),
+        ("defaults: [override /model/wieghting: min_snr]", "did you mean 'model/weighting'"),
+        ("model: [}", "mine.yaml, line 2"),
+    ],
+)
+def test_a_misspelt_experiment_of_the_users_is_found(text, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cards = tmp_path / "cards" / "experiment"
+    cards.mkdir(parents=True)
+    (cards / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    code, line = in_process(monkeypatch, capsys, "--config-dir", "cards", "experiment=mine")
+    assert (code, line.count("\n")) == (2, 1), line
+    assert words in line
+    assert [path.name for path in tmp_path.iterdir()] == ["cards"]
