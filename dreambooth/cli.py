@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from dreambooth import config
 from dreambooth.errors import UserError
 from dreambooth.nearest import nearest
+from dreambooth.run_folder import is_rank_zero
 
 TASKS: dict[str, str] = {
     "prepare": "dreambooth.tasks:prepare",
@@ -38,7 +39,9 @@ def _run(cfg: DictConfig) -> None:
     try:
         with _one_line(()):  # here too: Hydra writes a line of its own about every exception but SystemExit
             settled = config.settle(cfg, HydraConfig.get(), str(folder))
-            _task(str(cfg.task))(settled)
+            result = _task(str(cfg.task))(settled)
+            if is_rank_zero() and hasattr(result, "folder"):
+                print(result.folder, flush=True)  # the last line, for scripts
     finally:
         _remove_empty(folder)
 

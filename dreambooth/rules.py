@@ -10,16 +10,19 @@ MISSING = "???"
 TEXT_OR_LIST = ("infer.prompts", "callbacks.sample_grid.prompts")
 ANYTHING = ("trainer.devices", "trainer.strategy", "trainer.logger")  # Lightning takes several kinds
 NULLABLE: dict[str, type] = {  # null beside a value of this kind
+    "trainer.max_steps": int,
     "trainer.max_epochs": int,
     "trainer.gradient_clip_val": float,
     "model.revision": str,
     "model.variant": str,
     "model.restore_from_path": str,
     "model.ema.decay": float,
+    "callbacks.sample_grid.every_n_train_steps": int,
     "model.data.cached_instance_dir": str,
     "model.data.cached_reg_dir": str,
     "infer.negative_prompt": str,
 }
+SAMPLERS = ("DDIM", "PLMS", "DPM", "EULER")
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 CHOICES = {
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),
@@ -27,15 +30,15 @@ CHOICES = {
     "model.sched.name": (
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
     ),
-    "model.data.sampler.sampler_type": ("DDIM", "PLMS", "DPM"),
-    "infer.sampler_type": ("DDIM", "PLMS", "DPM"),
+    "model.data.sampler.sampler_type": SAMPLERS,
+    "infer.sampler_type": SAMPLERS,
 }  # fmt: skip
 Rule = tuple[Callable[[Any], bool], str]
 AT_LEAST_0: Rule = (lambda value: value >= 0, "at least 0")
 AT_LEAST_1: Rule = (lambda value: value >= 1, "at least 1")
 ABOVE_0: Rule = (lambda value: value > 0, "above 0")
 RANGES: dict[str, Rule] = {
-    "trainer.max_steps": (lambda value: value >= 1 or value == -1, "at least 1, or -1 with trainer.max_epochs"),
+    "trainer.max_steps": AT_LEAST_1,
     "trainer.max_epochs": AT_LEAST_1,
     "trainer.num_nodes": AT_LEAST_1,
     "trainer.accumulate_grad_batches": AT_LEAST_1,
@@ -83,8 +86,8 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
         if values.get(key) is not None and not allowed(values[key]):
             raise UserError(f"{key}={values[key]}: must be {what}")
     _check_prompts(values)
-    if values["trainer.max_steps"] == -1 and values["trainer.max_epochs"] is None:
-        raise UserError("trainer.max_steps=-1 leaves the end open; set it, or trainer.max_epochs")
+    if (values["trainer.max_steps"] is None) == (values["trainer.max_epochs"] is None):
+        raise UserError("one of trainer.max_steps and trainer.max_epochs decides the length; type null for the other")
     if values["task"] in ("train", "prepare"):
         for key, value in values.items():
             if value == MISSING:

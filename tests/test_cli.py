@@ -77,7 +77,10 @@ def test_every_kind_of_mistake_is_one_line(arguments, words, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("model: {optim: {lrr: 1}}", "experiment=mine: model.optim.lrr: there is no such key; did you mean 'model.optim.lr'"),
+        (
+            "model: {optim: {lrr: 1}}",
+            "experiment=mine: model.optim.lrr: there is no such key; did you mean 'model.optim.lr'",
+        ),
         ("modle: {seed: 1}", "experiment=mine: modle: there is no such key; did you mean 'model'"),
         ("trainer: {max_steps: ten}", "trainer.max_steps=ten: must be a whole number"),
         ("defaults: [override /model/weighting: minsnr]", "did you mean 'min_snr'"),

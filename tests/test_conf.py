@@ -7,7 +7,7 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from dreambooth import config
+from dreambooth import config, rules
 from dreambooth.cli import TASKS
 from dreambooth.errors import UserError
 
@@ -43,7 +43,7 @@ def unbound(node: dict, given: int = 0) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("group", "card"), CARDS, ids="/".join)
+@pytest.mark.parametrize(("group", "card"), CARDS, ids=["=".join(card) for card in CARDS])
 def test_every_card_composes_and_binds(group, card):
     cfg = composed(f"{group}={card}", PHOTOS)
     problems = {path: unbound(node) for path, node in targets(cfg)}
@@ -111,7 +111,8 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("trainer.max_steps=abc", ["trainer.max_steps=abc", "whole number"]),
         ("trainer.max_steps=1.5", ["whole number"]),
         ("trainer.max_steps=0", ["at least 1"]),
-        ("trainer.max_steps=-1", ["max_epochs"]),
+        ("trainer.max_epochs=4", ["trainer.max_steps", "null"]),
+        ("trainer.max_steps=null", ["trainer.max_epochs", "null"]),
         ("trainer.precision=16", ["did you mean '16-mixed'"]),
         ("model.data.resolution=foo", ["model.data.resolution=foo", "whole number"]),
         ("model.data.num_reg_images=-1", ["model.data.num_reg_images=-1", "at least 0"]),
@@ -142,6 +143,10 @@ def test_right_input_of_several_kinds_is_taken():
     infer.prompts=dog model.ema.decay=0.99 model.optim.lr=1 model.data.instance_prompt='a,b' name=7"""
     cfg = config.compose(given.split())
     assert (cfg.trainer.deterministic, cfg.callbacks.export, cfg.infer.prompts) == (True, None, "dog")
+
+
+def test_the_samplers_of_the_tree_are_those_that_draw():
+    assert set(rules.SAMPLERS) == set(get_object("dreambooth.sampling.SAMPLERS"))
 
 
 def test_every_task_exists():

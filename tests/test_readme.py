@@ -1,0 +1,59 @@
+"""What the README says can be typed can be typed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dreambooth import config
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if "launch.py" in line]
+
+
+def test_every_command_composes():
+    assert len(commands()) > 8
+    for command in commands():
+        arguments = command[command.index("launch.py") + 1 :]
+        assert arguments == ["--help"] or config.compose(arguments)
+
+
+def test_every_target_of_make_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", README)) - {"a"} <= targets
+
+
+def test_every_key_and_card_of_the_tables_exists():
+    cfg = config.compose(["model/weighting=min_snr"])
+    ours = [row.split("|")[4] for row in README.splitlines() if row.startswith("| ") and row.count("|") == 5]
+    keys = {key for cell in ours for key in re.findall(r"`([a-z_]+\.[a-z_.]+[a-z])", cell)} - {"hydra.run.dir"}
+    assert len(keys) > 30
+    for key in keys:
+        node = cfg
+        for part in key.split("."):
+            assert part in node, key
+            node = node[part]
+
+
+@pytest.mark.slow
+def test_the_python_door(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    quick = '"trainer.max_steps=2", "model.data.num_reg_images=2", "callbacks.sample_grid=null"'
+    code = code.replace('"trainer.max_steps=20"', quick)
+    code = code.replace('"infer.prompts', '"infer.inference_steps=2", "infer.prompts')
+    names: dict = {}
+    exec(code, names)
+    assert str(names["run"].folder) in capsys.readouterr().out
+    assert names["run"].summary["steps"] == 2
+    assert all(path.exists() for path in names["pictures"])
