@@ -1,6 +1,7 @@
 """The command line: ``dreambooth``, ``python launch.py``, ``srun`` and ``torchrun launch.py`` all come here."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting 1
     config.register_resolvers()
     with _one_line(config.COMPOSITION_ERRORS):
+        _refuse_dashes(sys.argv[1:])
         _run()
 
 
@@ -44,6 +46,15 @@ def _run(cfg: DictConfig) -> None:
                 print(result.folder, flush=True)  # the last line, for scripts
     finally:
         _remove_empty(folder)
+
+
+def _refuse_dashes(arguments: list[str]) -> None:
+    """``--learning_rate=5e-6`` is what other trainers take; argparse would answer with a page about Hydra's flags."""
+    for argument in arguments:
+        if re.match(r"--?(?!config-|cfg|package|info|experimental-)[a-z]\w*[=./]", argument):
+            raise UserError(
+                f"{argument}: settings have no dashes, type {argument.lstrip('-')}; --help names the usual ones"
+            )
 
 
 def _task(name: str) -> Callable[[DictConfig], Any]:

@@ -61,6 +61,7 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(arguments, w
     [
         (["task=trian"], "did you mean 'train'?"),
         (["=3"], "dreambooth: "),
+        (["--trainer.max_steps=2"], "type trainer.max_steps=2"),
         (["trainer=default,gpu"], "quote a text with commas"),
         (["hydra.run.dir=/proc/nowhere/run"], "cannot write the run folder"),
         (["--config-dir", "nowhere"], "nowhere"),
