@@ -21,6 +21,7 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "model.data.cached_instance_dir": str,
     "model.data.cached_reg_dir": str,
     "infer.negative_prompt": str,
+    "infer.out_path": str,
 }
 SAMPLERS = ("DDIM", "PLMS", "DPM", "EULER")
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}

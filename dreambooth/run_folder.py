@@ -21,9 +21,9 @@ from dreambooth.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Settings (patterns on "key=value") that leave the trained weights and the pictures as they are: how the command is run,
-# where copies are kept, what is shown meanwhile. `task` and `infer` are among them, so that `task=generate` added to a
-# training command means the folder of that training. Devices and precision do change the bits and are not.
+# Settings (patterns on "key=value") that leave the trained weights and the pictures as they are: how the command is
+# run, where copies are kept, what is shown meanwhile. `task` and `infer` are among them, so that `task=generate` added
+# to a training command means the folder of that training. Devices and precision change the bits and are not.
 IRRELEVANT = (
     "task=train",
     "task=prepare",
@@ -98,7 +98,7 @@ def open_run(cfg: DictConfig, folder: Path) -> Run:
 
 
 def _claim(cfg: DictConfig, folder: Path) -> Run:
-    settings = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    settings: DictConfig = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[assignment]
     summary_path = folder / "summary.json"
     if not _begun(folder):
         _write_config(settings, folder)

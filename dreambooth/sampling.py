@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from dreambooth.errors import UserError
+from dreambooth.noise import seed_of
 
 SAMPLERS = {
     "DDIM": diffusers.DDIMScheduler,
@@ -85,6 +86,11 @@ def draw(
     if not np.isfinite(levels).all():
         raise UserError("the model draws pictures that are not finite; try trainer.precision=32-true or other weights")
     return pipeline.numpy_to_pil(levels)
+
+
+def picture_seed(seed: int, prompt: int, picture: int) -> int:
+    """The seed of picture number ``picture`` of prompt number ``prompt``: any one can be drawn again by itself."""
+    return seed_of(seed, prompt, picture, "picture")
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def test_same_settings_go_on_finish_and_can_be_raised(tmp_path: Path) -> None:
     assert not (folder / "summary.json").exists()
     assert OmegaConf.load(folder / "config.yaml").trainer.max_steps == 6
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.csv"]
-    with pytest.raises(UserError, match="trainer.max_steps 6 → 4"):
+    with pytest.raises(UserError, match=r"trainer\.max_steps 6 → 4"):
         open_run(settings(), folder)
 
 

@@ -1,0 +1,96 @@
+"""metrics.csv: one row for every optimizer step, whatever happened on the way."""
+
+import csv
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from dreambooth.callbacks.sample_grid import training_clock
+from dreambooth.errors import UserError
+from dreambooth.files import atomic
+
+LOSSES = ("loss", "instance_loss", "prior_loss")
+COLUMNS = ("step", *LOSSES, "lr", "grad_norm", "seconds")
+
+
+class Row(NamedTuple):
+    step: int
+    metrics: dict[str, Tensor]
+    seconds: float
+    arrived: torch.cuda.Event | None
+
+
+class MetricsCsv(pl.Callback):
+    """Append each optimizer step's ``step_metrics`` of the module, and its seconds, to metrics.csv.
+
+    On a CPU a row is in the file when its step ends. On a GPU it is written one step later: the values travel while the
+    next step is computed, so that the GPU never waits, at the price that a kill loses one row. It is never a row that a
+    checkpoint builds upon: saving one writes the row first. A run that goes on from step k drops the rows after k.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._pending: Row | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step, self._mark = trainer.global_step, training_clock(trainer)
+        if trainer.is_global_zero:
+            self._path = metrics_path(trainer)
+            rows = read_rows(self._path, trainer.global_step)
+            with atomic(self._path) as temporary, temporary.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in rows)])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: object) -> None:
+        if self._path is None or trainer.global_step == self._step:
+            return
+        now = training_clock(trainer)
+        arrived = torch.cuda.Event() if pl_module.device.type == "cuda" else None
+        metrics = {name: value.to("cpu", non_blocking=True) for name, value in pl_module.step_metrics.items()}
+        if arrived is not None:
+            arrived.record()
+        self._flush()
+        self._pending = Row(trainer.global_step, metrics, now - self._mark, arrived)
+        if arrived is None:
+            self._flush()
+        self._step, self._mark = trainer.global_step, now
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._flush()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._flush()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
+        row, self._pending = self._pending, None
+        if row is None or self._path is None:
+            return
+        if row.arrived is not None:
+            row.arrived.synchronize()
+        numbers = {name: f"{value.item():.8g}" for name, value in row.metrics.items()}
+        values = {**numbers, "step": row.step, "seconds": f"{row.seconds:.4f}"}
+        with self._path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([values[name] for name in COLUMNS])
+
+
+def metrics_path(trainer: pl.Trainer) -> Path:
+    """metrics.csv of the run folder, which is the trainer's ``default_root_dir``."""
+    return Path(trainer.default_root_dir) / "metrics.csv"
+
+
+def read_rows(path: Path, last_step: int) -> list[dict[str, str]]:
+    """Rows of the steps up to ``last_step``; what a killed run left behind after it, or half-written, is left out."""
+    if not path.exists():
+        return []
+    whole = path.read_text().rpartition("\n")[0].splitlines()
+    if whole and whole[0] != ",".join(COLUMNS):
+        raise UserError(f"{path} has other columns than {','.join(COLUMNS)}: move it away, or type resume=false")
+    rows = [row for row in csv.DictReader(whole) if None not in row and None not in row.values()]
+    return [row for row in rows if row["step"].isdigit() and int(row["step"]) <= last_step]

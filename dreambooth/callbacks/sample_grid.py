@@ -1,0 +1,111 @@
+"""samples/: the same prompts and seeds, again and again while the model learns."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from dreambooth.data.progress import progress_bar
+from dreambooth.families.base import Family
+from dreambooth.files import atomic
+from dreambooth.grid import labelled_grid
+from dreambooth.sampling import check_sampler, draw, picture_seed
+
+
+class SampleGrid(pl.Callback):
+    """Draw ``samples/step_000000.png`` before training, one every ``every_n_train_steps`` (null: none), one at the end.
+
+    In float32, with the averaged weights where they are kept; a grid that exists is not drawn again. Only the first
+    rank draws, while the others wait in their next step. ``seconds`` is the time spent here in this process.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        every_n_train_steps: int | None,
+        num_images_per_prompt: int,
+        seed: int,
+        inference_steps: int,
+        unconditional_guidance_scale: float,
+        sampler_type: str,
+        resolution: int,
+    ) -> None:
+        sampler = {
+            "inference_steps": inference_steps,
+            "unconditional_guidance_scale": unconditional_guidance_scale,
+            "sampler_type": sampler_type,
+        }
+        check_sampler(sampler, "callbacks.sample_grid")
+        self.prompts, self.every, self.count = list(prompts), every_n_train_steps, num_images_per_prompt
+        self.seed, self.steps, self.guidance = seed, inference_steps, unconditional_guidance_scale
+        self.sampler_type, self.resolution = sampler_type, resolution
+        self.seconds = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._sample_if_due(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: object) -> None:
+        self._sample_if_due(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._sample(trainer, pl_module)
+
+    # A run killed after its last step goes on with nothing to train, and Lightning skips on_train_end.
+    on_fit_end = on_train_end
+
+    def _sample_if_due(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.global_step == 0 or (self.every and trainer.global_step % self.every == 0):
+            self._sample(trainer, pl_module)
+
+    def _sample(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:06d}.png"
+        if not trainer.is_global_zero or path.exists():
+            return
+        began = time.perf_counter()
+        with pl_module.averaged(), on_device(pl_module.family, trainer.strategy.root_device):
+            rows = self._draw(pl_module.family)
+        with atomic(path) as temporary:
+            labelled_grid(rows, self.prompts).save(temporary, format="PNG")
+        self.seconds += time.perf_counter() - began
+
+    def _draw(self, family: Family) -> list[list[Image.Image]]:
+        pipeline, rows = family.to_pipeline(), []
+        with progress_bar(len(self.prompts) * self.count, "drawing samples", "picture") as bar:
+            bar.leave = False
+            for number, prompt in enumerate(self.prompts):
+                pictures = draw(
+                    pipeline,
+                    [prompt] * self.count,
+                    [picture_seed(self.seed, number, picture) for picture in range(self.count)],
+                    steps=self.steps,
+                    guidance=self.guidance,
+                    sampler_type=self.sampler_type,
+                    negative_prompt=None,
+                    resolution=self.resolution,
+                )
+                rows.append(pictures)
+                bar.update(self.count)
+        return rows
+
+
+@contextmanager
+def on_device(family: Family, device: torch.device) -> Iterator[None]:
+    """Bring all networks to ``device``, and each back to where it was: frozen ones rest off the accelerator."""
+    places = {name: next(network.parameters()).device for name, network in family.networks.items()}
+    try:
+        family.move(device)
+        yield
+    finally:
+        for name, place in places.items():
+            family.move(place, name)
+
+
+def training_clock(trainer: Any) -> float:
+    """Seconds that stand still while samples are drawn."""
+    drawing = sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, SampleGrid))
+    return time.perf_counter() - drawing

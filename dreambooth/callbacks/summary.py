@@ -1,0 +1,102 @@
+"""summary.json: what a run took and where it came out, for tools to read."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from dreambooth.callbacks.metrics_csv import LOSSES, metrics_path, read_rows
+from dreambooth.callbacks.sample_grid import SampleGrid, training_clock
+from dreambooth.files import atomic
+
+LAST_STEPS = 20
+PACKAGES = ("dreambooth", "torch", "pytorch-lightning", "diffusers", "transformers", "hydra-core")
+_IMPORTED = time.monotonic()
+
+
+class Summary(pl.Callback):
+    """Write summary.json at the very end (after export): a folder that has one is finished.
+
+    Times, counts of drawn and encoded pictures and peak memory are those of this process; ``final`` is the mean of the
+    last 20 rows of metrics.csv. ``seconds.train`` is the loop with its data, metrics and checkpoints, without sampling.
+    """
+
+    def __init__(self) -> None:
+        self._resumed_from: int | None = None
+        self._train = 0.0
+        self._steps = 0
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resumed_from = checkpoint["global_step"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first, self._clock = trainer.global_step, training_clock(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        self._train, self._steps = training_clock(trainer) - self._clock, trainer.global_step - self._first
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            with atomic(Path(trainer.default_root_dir) / "summary.json") as temporary:
+                temporary.write_text(json.dumps(self._summary(trainer, pl_module), indent=2) + "\n")
+
+    def _summary(self, trainer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:
+        counts = dict(trainer.datamodule.counts)
+        sampled = sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, SampleGrid))
+        seconds = {**counts.pop("seconds"), "train": self._train, "sample": sampled, "total": process_age()}
+        rows = read_rows(metrics_path(trainer), trainer.global_step)[-LAST_STEPS:]
+        losses = {name: [float(row[name]) for row in rows if row[name]] for name in LOSSES}
+        return {
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "steps": trainer.global_step,
+            "resumed_from": self._resumed_from,
+            "steps_per_second": round(self._steps / self._train, 3) if self._steps else None,
+            "peak_memory_mb": round(peak_memory_mb(trainer.strategy.root_device)),
+            **counts,
+            "final": {name: _mean(values) for name, values in losses.items()},
+            "versions": versions(),
+            "seed": pl_module.seed,
+        }
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory this process has held so far, in MiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def process_age() -> float:
+    """Seconds since this process began; where the system does not tell (no /proc), since this module was imported."""
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - began
+    except OSError:
+        return time.monotonic() - _IMPORTED
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the installed packages that a result depends on."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _mean(values: list[float]) -> float | None:
+    """The mean; None where there is none, since JSON has no word for it."""
+    mean = sum(values) / len(values) if values else math.nan
+    return mean if math.isfinite(mean) else None
