@@ -1,5 +1,6 @@
 """Pictures from a diffusers pipeline: fixed batch shapes, a generator for each picture, and no trace left behind."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -70,7 +71,8 @@ def draw(
     pipeline.scheduler = scheduler_for(own, sampler_type)
     pipeline.set_progress_bar_config(disable=True)
     try:
-        with torch.no_grad(), eval_mode(pipeline):
+        with torch.no_grad(), eval_mode(pipeline), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # DPM under numpy 2
             levels = pipeline(
                 prompts,
                 negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,

@@ -1,0 +1,234 @@
+"""The same set of class pictures from any number of ranks and interruptions, and nobody's pictures touched."""
+
+import json
+import logging
+import multiprocessing
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from dreambooth.data.regularization import MANIFEST, describe, fill, inspect, plan
+from dreambooth.errors import UserError
+from dreambooth.sampling import SAMPLERS, draw, scheduler_for
+
+processes = multiprocessing.get_context("fork")  # children need not import torch anew
+NUMBER, CHUNK = 10, 4
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_sd: Path) -> StableDiffusionPipeline:
+    """The untouched model that draws."""
+    return StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """What the pictures of these tests depend on."""
+    sampler = {"sampler_type": "DDIM", "inference_steps": 2, "unconditional_guidance_scale": 3.0}
+    sampler |= {name: changes.pop(name) for name in list(changes) if name in sampler}
+    given = {"base": "b", "prompt": "a dog", "seed": 1, "resolution": 32, "num_images_per_prompt": CHUNK, **changes}
+    return describe(sampler=sampler, **given)
+
+
+def never() -> None:
+    raise AssertionError("nothing is missing, so no model is needed")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, hidden ones too."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def complete(pipeline: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The set as one process draws it in one go."""
+    folder = tmp_path_factory.mktemp("complete")
+    assert fill(lambda: pipeline, folder, NUMBER, settings()) == NUMBER
+    return contents(folder)
+
+
+def restore(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def test_a_set_is_named_described_and_not_drawn_twice(complete: dict[str, bytes], tmp_path: Path) -> None:
+    assert sorted(complete) == [f"{index:05d}.png" for index in range(NUMBER)] + [MANIFEST]
+    manifest = json.loads(complete[MANIFEST])
+    assert manifest == {**settings(), "slots": list(range(NUMBER))}
+    assert len(set(complete.values())) == NUMBER + 1
+    restore(tmp_path, complete)
+    assert fill(never, tmp_path, NUMBER, settings()) == 0
+    assert fill(never, tmp_path, NUMBER - 3, settings()) == 0
+    assert contents(tmp_path) == complete
+
+
+def test_missing_and_broken_slots_come_back_bit_for_bit(
+    complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    restore(tmp_path, complete)
+    (tmp_path / "00002.png").unlink()
+    (tmp_path / "00005.png").write_bytes(complete["00005.png"][:200])
+    (tmp_path / "00009.png").touch()
+    with caplog.at_level(logging.INFO):
+        assert fill(lambda: pipeline, tmp_path, NUMBER, settings()) == 3
+    assert contents(tmp_path) == complete
+    assert "missing or broken: 3 pictures" in caplog.text
+
+
+def test_a_larger_set_begins_with_the_smaller_and_keeps_its_seed(
+    complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    assert fill(lambda: pipeline, tmp_path, 3, settings()) == 3
+    assert fill(lambda: pipeline, tmp_path, NUMBER, settings(seed=2)) == NUMBER - 3
+    assert contents(tmp_path) == complete
+
+
+def run_rank(pipeline: Any, folder: Path, meeting: Path, rank: int, world: int) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world)
+    fill(lambda: pipeline, folder, NUMBER, settings(), rank, world, torch.distributed.barrier)
+    torch.distributed.destroy_process_group()
+
+
+def start(target: Callable[..., object], *args: object) -> Any:
+    process = processes.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_ranks_draw_what_one_draws(
+    complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    ranks = [start(run_rank, pipeline, tmp_path / "set", tmp_path / "meeting", rank, 2) for rank in range(2)]
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    assert contents(tmp_path / "set") == complete
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_three_kills_leave_no_trace(
+    complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    rng, drawn = random.Random(0), 0
+    for _ in range(3):
+        process = start(fill, lambda: pipeline, tmp_path, NUMBER, settings())
+        while len(list(tmp_path.glob("0*.png"))) <= drawn and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        drawn = len(list(tmp_path.glob("0*.png")))
+        assert 0 < drawn < NUMBER
+    assert fill(lambda: pipeline, tmp_path, NUMBER, settings()) == NUMBER - drawn
+    assert contents(tmp_path) == complete
+
+
+def test_own_pictures_count_and_stay(
+    complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    own = {"00001.png": complete["00000.png"], "my dog.jpg": complete["00001.png"]}
+    restore(tmp_path, own)
+    assert fill(lambda: pipeline, tmp_path, 6, settings()) == 4
+    drawn = {name: complete[name] for name in ("00000.png", "00002.png", "00003.png", "00004.png")}
+    files = contents(tmp_path)
+    assert json.loads(files.pop(MANIFEST))["slots"] == [0, 2, 3, 4]
+    assert files == own | drawn
+    (tmp_path / "another.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"another\.png \(not a picture"):
+        fill(never, tmp_path, 6, settings())
+
+
+def test_plan_fills_the_first_free_slots() -> None:
+    own = [Path("x/00001.png"), Path("x/a.jpg")]
+    assert plan(own, [0, 7], 7) == [2, 3, 4]
+    assert plan(own, [0, 7], 3) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"base": "c"}, "model.from_pretrained or model.restore_from_path is 'c', the set has 'b'"),
+        ({"prompt": "a cat"}, "model.data.regularization_prompt is 'a cat', the set has 'a dog'"),
+        ({"sampler_type": "DPM"}, "model.data.sampler.sampler_type is 'DPM', the set has 'DDIM'"),
+        ({"inference_steps": 3}, "inference_steps is 3, the set has 2"),
+        ({"unconditional_guidance_scale": 4}, "unconditional_guidance_scale is 4.0, the set has 3.0"),
+        ({"resolution": 64}, "model.data.resolution is 64, the set has 32"),
+    ],
+)
+def test_another_base_prompt_or_sampler_is_refused(
+    complete: dict[str, bytes], tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    restore(tmp_path, complete)
+    with pytest.raises(UserError) as error:
+        fill(never, tmp_path, NUMBER + 5, settings(**change))
+    assert words in str(error.value)
+    assert "model.data.regularization_dir=" in str(error.value)
+    assert contents(tmp_path) == complete
+
+
+def test_a_manifest_without_pictures_binds_nobody_and_a_damaged_one_is_named(
+    complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    restore(tmp_path, {MANIFEST: complete[MANIFEST]})
+    inspect(tmp_path, settings(prompt="a cat"))
+    fill(lambda: pipeline, tmp_path, 1, settings(seed=5))
+    assert json.loads((tmp_path / MANIFEST).read_text()) == {**settings(seed=5), "slots": [0]}
+    for text in ("{", "[]", "{}", json.dumps(settings())):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(UserError, match=f"{tmp_path}/{MANIFEST} is no manifest; delete it"):
+            inspect(tmp_path, settings())
+
+
+def pictures(pipeline: Any, seeds: list[int], sampler: str = "DDIM", **more: Any) -> list[bytes]:
+    given = {"steps": 3, "guidance": 3.0, "negative_prompt": None, "resolution": 32, **more}
+    return [image.tobytes() for image in draw(pipeline, ["a dog"] * len(seeds), seeds, sampler_type=sampler, **given)]
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_its_companions(pipeline: StableDiffusionPipeline) -> None:
+    torch.manual_seed(0)
+    first = pictures(pipeline, [1, 2, 3])
+    torch.manual_seed(1)
+    assert pictures(pipeline, [1, 3, 4])[:2] == [first[0], first[2]]
+    assert pictures(pipeline, [1, 2, 3], negative_prompt="a cat") != first
+
+
+@pytest.mark.parametrize("folder", ["tiny_sd", "tiny_sd_v"])
+def test_every_sampler_takes_the_checkpoints_schedule_and_leaves_no_trace(
+    folder: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(request.getfixturevalue(folder), safety_checker=None)
+    own, config = pipeline.scheduler, dict(pipeline.scheduler.config)
+    pipeline.unet.train()
+    pipeline.unet.mid_block.eval()
+    drawn = {name: pictures(pipeline, [1], name)[0] for name in SAMPLERS}
+    assert len(set(drawn.values())) == len(SAMPLERS)
+    assert pipeline.unet.training
+    assert not any(part.training for part in (pipeline.unet.mid_block, pipeline.vae, pipeline.text_encoder))
+    assert pipeline.scheduler is own
+    assert dict(own.config) == config
+    for name in SAMPLERS:
+        scheduler = scheduler_for(own, name)
+        assert scheduler.config.prediction_type == config["prediction_type"]
+        assert torch.equal(scheduler.alphas_cumprod, own.alphas_cumprod)
+    assert scheduler_for(own, "DDIM").config.clip_sample is False
+    assert scheduler_for(own, "PLMS").config.skip_prk_steps is True
+    assert not caplog.records
+    with pytest.raises(UserError, match="sampler_type=DPMM is unknown; type one of DDIM, PLMS, DPM, EULER"):
+        pictures(pipeline, [1], "DPMM")
+
+
+def test_pictures_that_are_not_finite_are_an_error(tiny_sd: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    torch.nn.init.constant_(pipeline.unet.conv_out.weight, float("inf"))
+    with pytest.raises(UserError, match="not finite"):
+        pictures(pipeline, [1])
+    assert Image.new("RGB", (1, 1)).getpixel((0, 0)) == (0, 0, 0)
