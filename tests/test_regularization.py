@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import random
 import time
 from collections.abc import Callable
@@ -12,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 
 from dreambooth.data.regularization import MANIFEST, describe, fill, inspect, plan
 from dreambooth.errors import UserError
 from dreambooth.sampling import SAMPLERS, draw, scheduler_for
 
 processes = multiprocessing.get_context("fork")  # children need not import torch anew
-NUMBER, CHUNK = 10, 4
+NUMBER, CHUNK = 46, 4
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_missing_and_broken_slots_come_back_bit_for_bit(
     restore(tmp_path, complete)
     (tmp_path / "00002.png").unlink()
     (tmp_path / "00005.png").write_bytes(complete["00005.png"][:200])
-    (tmp_path / "00009.png").touch()
+    (tmp_path / "00045.png").write_bytes(b"")
     with caplog.at_level(logging.INFO):
         assert fill(lambda: pipeline, tmp_path, NUMBER, settings()) == 3
     assert contents(tmp_path) == complete
@@ -114,16 +114,21 @@ def test_two_ranks_draw_what_one_draws(
     assert contents(tmp_path / "set") == complete
 
 
+def fill_gently(pipeline: Any, folder: Path) -> None:
+    os.nice(10)  # so that the one who kills is in time
+    fill(lambda: pipeline, folder, NUMBER, settings())
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_three_kills_leave_no_trace(
     complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     rng, drawn = random.Random(0), 0
     for _ in range(3):
-        process = start(fill, lambda: pipeline, tmp_path, NUMBER, settings())
-        while len(list(tmp_path.glob("0*.png"))) <= drawn and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02))
+        process = start(fill_gently, pipeline, tmp_path)
+        enough = drawn + rng.randint(1, 6)
+        while len(list(tmp_path.glob("0*.png"))) < enough and process.is_alive():
+            time.sleep(rng.uniform(0, 0.004))
         process.kill()
         process.join()
         drawn = len(list(tmp_path.glob("0*.png")))
@@ -231,4 +236,3 @@ def test_pictures_that_are_not_finite_are_an_error(tiny_sd: Path) -> None:
     torch.nn.init.constant_(pipeline.unet.conv_out.weight, float("inf"))
     with pytest.raises(UserError, match="not finite"):
         pictures(pipeline, [1])
-    assert Image.new("RGB", (1, 1)).getpixel((0, 0)) == (0, 0, 0)
