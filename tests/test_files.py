@@ -40,7 +40,8 @@ def test_all_unreadable_pictures_in_one_line(photos: Path) -> None:
     with pytest.raises(UserError) as error:
         list_pictures(photos, KEY)
     message = str(error.value)
-    assert message.startswith(f"{KEY}: 5 of 10 pictures") and "\n" not in message
+    assert message.startswith(f"{KEY}: 5 of 10 pictures")
+    assert "\n" not in message
     for name in ("empty.jpg (0 bytes)", "text.png (not a picture", "cut1.jpg (", "cut2.png (", "gone.jpg ("):
         assert name in message
 
@@ -91,7 +92,8 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # the camera was held turned by 90 degrees
     assert saved(image, "e.png", tmp_path, exif=exif) == (255, 255, 255)
     upright = open_picture(tmp_path / "e.png")
-    assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (255, 255, 255)
+    assert upright.size == (4, 6)
+    assert upright.getpixel((3, 0)) == (255, 255, 255)
     assert upright.getpixel((0, 5)) == (0, 0, 0)
 
 
@@ -99,10 +101,13 @@ def test_atomic_is_whole_or_absent(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "a.txt"
     with atomic(target) as path:
         path.write_text("one")
-        assert not target.exists() and path.parent == target.parent and path.name.startswith(".")
+        assert not target.exists()
+        assert path.parent == target.parent
+        assert path.name.startswith(".")
     with pytest.raises(ZeroDivisionError), atomic(target) as path:
         path.write_text(f"two {1 / 0}")
-    assert target.read_text() == "one" and os.listdir(target.parent) == ["a.txt"]
+    assert target.read_text() == "one"
+    assert os.listdir(target.parent) == ["a.txt"]
     for number in range(2):
         with atomic(tmp_path / "folder") as path:
             path.mkdir()
@@ -157,4 +162,5 @@ def test_sweep_takes_what_dead_processes_left(tmp_path: Path) -> None:
 
 def test_content_key_tells_parts_apart() -> None:
     keys = [content_key(*parts) for parts in [(1, 2), (12,), ("1", 2), (2, 1), ((1, 2),), (1, 2, None)]]
-    assert len(set(keys)) == len(keys) and content_key(1, 2) == keys[0]
+    assert len(set(keys)) == len(keys)
+    assert content_key(1, 2) == keys[0]

@@ -121,7 +121,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.report()
 
     def train_dataloader(self) -> DataLoader:
-        """The endless stream from the trainer's optimizer step on; it has no length, so Lightning keeps no place in it."""
+        """The endless stream from the trainer's step on; it has no length, so Lightning keeps no place in it."""
         assert self.trainer is not None
         stream = Stream(
             self.ready,
@@ -146,15 +146,19 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     @property
     def strategy(self) -> Strategy:
-        """What knows this process's rank, its device, and how to wait for the others."""
+        """What knows the device and how to wait for the other ranks."""
         assert self.trainer is not None
         return self.trainer.strategy
 
     @property
     def shared(self) -> dict[str, Any]:
         """How the ranks share work, as ``regularization.fill`` and ``latents.gather`` take it."""
-        strategy = self.strategy
-        return {"rank": strategy.global_rank, "world": strategy.world_size, "barrier": strategy.barrier}
+        assert self.trainer is not None
+        return {
+            "rank": self.trainer.global_rank,
+            "world": self.trainer.world_size,
+            "barrier": self.trainer.strategy.barrier,
+        }
 
     def settings(self) -> dict[str, Any]:
         """What the regularization pictures depend on, for their manifest."""
@@ -243,7 +247,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def report(self) -> None:
         """Say in one line what was found and what was made."""
-        if self.strategy.global_rank:
+        assert self.trainer is not None
+        if not self.trainer.is_global_zero:
             return
         counts = self.counts
         latents = sum(len(variants) for role in self.ready for variants in role.moments or [])

@@ -35,6 +35,10 @@ class Family(ABC):
         """A sample of the moments (B, 2C, h, w) by ``noise`` (B, C, h, w), in the scale that the denoiser works in."""
 
     @abstractmethod
+    def tokens(self, prompts: list[str]) -> Tensor:
+        """What the text encoder reads of the prompts, (B, L) integers; with its weights they decide the embeddings."""
+
+    @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """What ``denoise`` takes of the prompts, (B, ...) each; gradients flow into a text encoder that learns."""
 

@@ -54,12 +54,14 @@ class StableDiffusion(Family):
         mean, logvar = moments.chunk(2, dim=1)
         return (mean + (logvar / 2).exp() * noise) * self.vae.config.scaling_factor
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+    def tokens(self, prompts: list[str]) -> Tensor:
         self._warn_of_cuts(prompts)
-        tokens = self.tokenizer(
+        return self.tokenizer(
             prompts, padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
         ).input_ids
-        return {"prompt_embeds": self.text_encoder(tokens.to(self.text_encoder.device))[0]}
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        return {"prompt_embeds": self.text_encoder(self.tokens(prompts).to(self.text_encoder.device))[0]}
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return self.unet(x_t, t, encoder_hidden_states=cond["prompt_embeds"]).sample
