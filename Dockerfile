@@ -21,6 +21,6 @@ RUN python3 -m venv /opt/dreambooth \
     && rm -r /tmp/wheels /tmp/constraints.txt \
     && useradd --create-home --uid 1000 trainer \
     && mkdir -p /work && chmod 1777 /work
-USER trainer
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["dreambooth"]

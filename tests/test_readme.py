@@ -45,6 +45,12 @@ def test_every_key_and_card_of_the_tables_exists():
             node = node[part]
 
 
+def test_the_test_command_is_that_of_make_and_of_ci():
+    assert "python -m pytest\n" in "".join(blocks("bash"))
+    assert "\n\t$(BIN)/python -m pytest\n" in (ROOT / "Makefile").read_text()
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith('python -m pytest "$@"')
+
+
 @pytest.mark.slow
 def test_the_python_door(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
