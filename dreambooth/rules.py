@@ -37,10 +37,11 @@ CHOICES = {
 Rule = tuple[Callable[[Any], bool], str]
 AT_LEAST_0: Rule = (lambda value: value >= 0, "at least 0")
 AT_LEAST_1: Rule = (lambda value: value >= 1, "at least 1")
+OPEN_OR_1: Rule = (lambda value: value >= 1 or value == -1, "at least 1, or -1 where the other one decides")
 ABOVE_0: Rule = (lambda value: value > 0, "above 0")
 RANGES: dict[str, Rule] = {
-    "trainer.max_steps": AT_LEAST_1,
-    "trainer.max_epochs": AT_LEAST_1,
+    "trainer.max_steps": OPEN_OR_1,
+    "trainer.max_epochs": OPEN_OR_1,
     "trainer.num_nodes": AT_LEAST_1,
     "trainer.accumulate_grad_batches": AT_LEAST_1,
     "trainer.log_every_n_steps": AT_LEAST_1,
@@ -87,8 +88,6 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
         if values.get(key) is not None and not allowed(values[key]):
             raise UserError(f"{key}={values[key]}: must be {what}")
     _check_prompts(values)
-    if (values["trainer.max_steps"] is None) == (values["trainer.max_epochs"] is None):
-        raise UserError("one of trainer.max_steps and trainer.max_epochs decides the length; type null for the other")
     if values["task"] in ("train", "prepare"):
         for key, value in values.items():
             if value == MISSING:

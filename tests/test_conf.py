@@ -111,8 +111,6 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("trainer.max_steps=abc", ["trainer.max_steps=abc", "whole number"]),
         ("trainer.max_steps=1.5", ["whole number"]),
         ("trainer.max_steps=0", ["at least 1"]),
-        ("trainer.max_epochs=4", ["trainer.max_steps", "null"]),
-        ("trainer.max_steps=null", ["trainer.max_epochs", "null"]),
         ("trainer.precision=16", ["did you mean '16-mixed'"]),
         ("model.data.resolution=foo", ["model.data.resolution=foo", "whole number"]),
         ("model.data.num_reg_images=-1", ["model.data.num_reg_images=-1", "at least 0"]),
