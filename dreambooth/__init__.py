@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dreambooth.config import compose as compose
     from dreambooth.errors import UserError as UserError
-    from dreambooth.generate import generate as generate
+    from dreambooth.generation import generate as generate
     from dreambooth.tasks import train as train
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __all__ = ["UserError", "compose", "generate", "train"]
 _HOME = {
     "UserError": "dreambooth.errors",
     "compose": "dreambooth.config",
-    "generate": "dreambooth.generate",
+    "generate": "dreambooth.generation",
     "train": "dreambooth.tasks",
 }
 

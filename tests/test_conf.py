@@ -1,6 +1,8 @@
 """Every card composes, binds to what it configures, and no experiment adds a key; wrong input gets one line."""
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,9 @@ def test_the_samplers_of_the_tree_are_those_that_draw():
 def test_every_task_exists():
     for task in TASKS.values():
         assert callable(get_object(task.replace(":", ".")))
+
+
+def test_the_names_of_the_package_are_functions_in_any_order_of_import():
+    code = "import dreambooth.generation, dreambooth.tasks; from dreambooth import compose, generate, train; compose()"
+    code += "; assert callable(generate) and callable(train) and callable(compose)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=config.CONF.parent, check=False).returncode == 0

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreambooth.config import compose
 from dreambooth.errors import UserError
-from dreambooth.generate import generate, read_prompts, read_settings
+from dreambooth.generation import generate, read_prompts, read_settings
 from dreambooth.grid import LABEL_WIDTH, labelled_grid
 from dreambooth.sampling import scheduler_for
 from tests.tiny import FACTOR, RESOLUTION, build_tiny_sd
