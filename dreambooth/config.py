@@ -63,7 +63,9 @@ def build(node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     try:
         return instantiate(node, *args, **kwargs)
     except HydraException as error:
-        raise user_error(error) or error from error
+        if (known := user_error(error)) is not None:
+            raise known from None
+        raise
 
 
 def user_error(error: BaseException | None) -> UserError | None:

@@ -1,0 +1,101 @@
+"""What a killed run needs to go on."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from dreambooth.errors import UserError
+from dreambooth.files import atomic, sweep
+
+log = logging.getLogger(__name__)
+FOLDER = "checkpoints"  # in the run folder, which is the trainer's default_root_dir
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, then renames. (Lightning's own holds the bytes in memory and moves them from /tmp.)"""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Checkpoint(pl.callbacks.Checkpoint):
+    """Saves ``checkpoints/step_000100.ckpt`` every ``every_n_train_steps`` and at the end; keeps the ``save_last_k`` newest.
+
+    -1 keeps all. A file holds what learns, its averages, the optimizer, the schedule and the loop's counters, in plain
+    tensors and numbers, and no frozen weights. (Lightning runs callbacks of this base class after all others.)
+    """
+
+    def __init__(self, every_n_train_steps: int = 100, save_last_k: int = 1) -> None:
+        if every_n_train_steps < 1 or save_last_k == 0 or save_last_k < -1:
+            raise UserError(
+                f"callbacks.checkpoint: every_n_train_steps={every_n_train_steps} must be 1 or more and "
+                f"save_last_k={save_last_k} 1 or more (-1 keeps all); callbacks.checkpoint=null saves none"
+            )
+        self.every_n_train_steps, self.save_last_k = every_n_train_steps, save_last_k
+        self.saved: int | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.is_global_zero:
+            sweep(Path(trainer.default_root_dir) / FOLDER)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.saved = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step % self.every_n_train_steps == 0 or trainer.global_step == trainer.max_steps:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save this step, once; called by every rank, written by one."""
+        if self.saved == trainer.global_step:
+            return
+        self.saved = trainer.global_step
+        folder = Path(trainer.default_root_dir) / FOLDER
+        trainer.save_checkpoint(folder / f"step_{self.saved:06d}.ckpt")
+        if self.save_last_k > 0 and trainer.is_global_zero:
+            for old in checkpoints(folder)[: -self.save_last_k]:
+                old.unlink()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    found = [path for path in folder.glob("step_*.ckpt") if path.stem[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem[5:]))
+
+
+def newest(folder: Path, base: str) -> Path | None:
+    """The newest readable checkpoint of ``folder``, None without one; says which ones it had to pass over.
+
+    Raises UserError when it was trained from another model than that with the fingerprint ``base``, or none is readable.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["base"]
+        except Exception as error:  # whatever a damaged file makes of the reader
+            log.warning("%s is damaged (%s): going on from the one before it", path, type(error).__name__)
+            continue
+        if stored != base:
+            raise UserError(
+                f"{path} was trained from another model ({stored}) than model.from_pretrained ({base}): "
+                "type that model, or resume=false to begin afresh"
+            )
+        return path
+    if found:
+        raise UserError(
+            f"no checkpoint in {folder} can be read: delete the folder, or type resume=false to begin afresh"
+        )
+    return None

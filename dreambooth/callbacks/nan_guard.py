@@ -1,0 +1,61 @@
+"""Stop when the loss stops being a number."""
+
+from collections import deque
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from dreambooth.errors import UserError
+
+
+class NanGuard(pl.Callback):
+    """Ends the run after ``patience`` steps in a row with a loss that is not finite, and names their pictures.
+
+    The module skips the update of such a step, so the weights stay finite. The count is kept on the device and read every
+    ``patience`` steps: a GPU never waits for it, and the end comes at most as many steps later.
+    """
+
+    def __init__(self, patience: int = 10) -> None:
+        if patience < 1:
+            raise UserError(f"callbacks.nan_guard.patience={patience}: type 1 or more, or callbacks.nan_guard=null")
+        self.patience = patience
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first = self.step = trainer.global_step
+        self.row = self.longest = torch.zeros((), device=pl_module.device)
+        # The pictures of twice the patience: a row may have ended just after a reading.
+        self.seen: deque[tuple[Tensor, list[str]]] = deque(maxlen=2 * self.patience * trainer.accumulate_grad_batches)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        self.seen.append((outputs["per_example"], batch["paths"]))
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        self.row = (self.row + 1) * ~pl_module.step_metrics["loss"].isfinite()
+        self.longest = torch.maximum(self.longest, self.row)
+        if (self.step - self.first) % self.patience == 0:
+            self.check(self.patience)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check(min(self.patience, max(self.step - self.first, 1)))
+
+    def check(self, allowed: int) -> None:
+        """Raise UserError once ``allowed`` steps in a row were not finite. All ranks see the same count."""
+        if self.longest.item() < allowed:
+            return
+        names = [
+            path for losses, paths in self.seen for path, ok in zip(paths, losses.isfinite(), strict=True) if not ok
+        ]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            everywhere: list[list[str]] = [[]] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everywhere, names)
+            names = [path for part in everywhere for path in part]
+        raise UserError(
+            f"the loss was not finite for {int(self.longest.item())} steps in a row (now at step {self.step}), on "
+            f"{', '.join(sorted(set(names)))}: look at these pictures, lower model.optim.lr, or type "
+            "trainer.precision=32-true; the weights of the last checkpoint are finite"
+        )

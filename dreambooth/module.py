@@ -1,0 +1,185 @@
+"""DreamBooth as a LightningModule: what learns, one step of it, and its optimizer."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dreambooth.errors import UserError
+from dreambooth.families.base import Family
+from dreambooth.noise import gaussian, seed_of, stratified
+from dreambooth.objective import Diffusion, Weighting
+
+
+def prior_loss(per_example: Tensor, is_prior: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Total, instance and prior loss: mean over the instance + ``weight`` x mean over the class (0 where there is none).
+
+    ``per_example`` (B,) and ``is_prior`` (B,) boolean, the two roles in any number and order.
+    Source: DreamBooth, arXiv 2208.12242, section 3.2, equation 2 (there the weight is called lambda).
+    """
+    if per_example.shape != is_prior.shape or per_example.dim() != 1 or is_prior.dtype != torch.bool:
+        raise ValueError(
+            f"losses {tuple(per_example.shape)}, is_prior {tuple(is_prior.shape)} {is_prior.dtype}: need (B,)"
+        )
+    # Masks and not indexing: an index whose length depends on the data makes a GPU wait.
+    instance, prior = (
+        torch.where(role, per_example, 0.0).sum() / role.sum().clamp(min=1) for role in (~is_prior, is_prior)
+    )
+    return instance + weight * prior, instance, prior
+
+
+class DreamBoothModule(pl.LightningModule):
+    """Fine-tunes the ``learned`` networks of a family on a subject, with or without the prior of its class.
+
+    Registers only what learns (and its moving average ``ema``, where the callback keeps one), so neither checkpoints nor
+    strategies see a frozen network. ``step_metrics`` holds the last optimizer step: loss, instance_loss, prior_loss
+    (means over accumulation and ranks), grad_norm (before clipping) and lr, as tensors that nobody has waited for.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        learned: dict[str, nn.Module],
+        objective: Diffusion,
+        weighting: Weighting | None,
+        optim: "partial[Optimizer]",
+        sched: dict[str, Any],
+        prior_loss_weight: float = 1.0,
+        noise_offset: float = 0.0,
+        gradient_checkpointing: bool = False,
+        seed: int = 1234,
+    ) -> None:
+        super().__init__()
+        self.family, self.objective, self.weighting = family, objective, weighting
+        self.learned = nn.ModuleDict(learned)
+        self.optim, self.sched = optim, sched
+        self.prior_loss_weight, self.noise_offset, self.seed = prior_loss_weight, noise_offset, seed
+        self.base = family.fingerprint()
+        self.ema: nn.ParameterList | None = None
+        self.step_metrics: dict[str, Tensor] = {}
+        self._losses: list[Tensor] = []
+        if gradient_checkpointing:
+            for network in learned.values():
+                recompute_activations(network)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """One micro-batch (B) of instance and class records; noise and noise levels are functions of their positions."""
+        torch.manual_seed(seed_of(self.seed, batch["step"], batch["index"][0], "dropout"))
+        moments = batch["moments"] if "moments" in batch else self.encode(batch["pixels"])
+        x0 = self.family.latents(moments, self.draw(batch, "posterior", (moments.shape[1] // 2, *moments.shape[2:])))
+        noise = self.draw(batch, "noise", x0.shape[1:])
+        if self.noise_offset:  # https://www.crosslabs.org/blog/diffusion-with-offset-noise
+            noise = noise + self.noise_offset * self.draw(batch, "offset", (x0.shape[1], 1, 1))
+        t = self.objective.sample_t(self.draw_levels(batch))
+        x_t = self.objective.add_noise(x0, noise, t)
+        cond = batch["cond"] if "cond" in batch else self.read(batch["prompts"])
+        pred = self.family.denoise(x_t, t, cond)
+        per_example = self.objective.loss(pred, x0, noise, t, self.weighting)
+        loss, instance, prior = prior_loss(per_example, batch["is_prior"], self.prior_loss_weight)
+        self._losses.append(torch.stack([loss, instance, prior]).detach())
+        return {"loss": loss, "instance_loss": instance, "prior_loss": prior, "per_example": per_example}
+
+    def draw(self, batch: dict[str, Any], purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Gaussian (B, *shape) of this micro-batch's positions, on the device."""
+        drawn = gaussian(tuple(shape), self.seed, batch["step"], batch["index"], purpose)
+        return drawn.to(self.device, non_blocking=True)
+
+    def draw_levels(self, batch: dict[str, Any]) -> Tensor:
+        """Noise levels (B,) in [0, 1), spread evenly over the global batch of each role."""
+        roles = [stratified(batch["global_size"], self.seed, batch["step"], role) for role in ("instance", "prior")]
+        return torch.cat(roles)[batch["index"]].to(self.device, non_blocking=True)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Moments (B, 2C, h, w) of pictures, as the latent cache holds them: no gradient, the autoencoder's own dtype."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.family.encode_pictures(pixels)
+
+    def read(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Conditions (B, …) of prompts: each distinct one, of the two that a batch has, is read once."""
+        distinct = list(dict.fromkeys(prompts))
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
+        return {name: value[rows] for name, value in self.family.encode_prompts(distinct).items()}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Optimizer and diffusers' schedule (by its name), advanced at every optimizer step."""
+        learned = self.learning()
+        if any(weight.dtype != torch.float32 for weight in learned):
+            raise UserError("trained weights must stay float32: type trainer.precision=bf16-mixed, 16-mixed or 32-true")
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        # One fused pass over the weights takes a fifth of the usual one's time; Lightning's fp16 scaling rules it out.
+        fused = {"fused": True} if "fused" in inspect.signature(self.optim.func).parameters and not scaled else {}
+        optimizer = self.optim(learned, **{**fused, **self.optim.keywords})
+        schedule = get_scheduler(
+            self.sched["name"],
+            optimizer,
+            num_warmup_steps=self.sched["warmup_steps"],
+            num_training_steps=self.trainer.max_steps,
+            num_cycles=self.sched["num_cycles"],
+            power=self.sched["power"],
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and skip the update when a gradient is not finite (as GradScaler does, but for every precision)."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's protocol: a flag read on the device
+            optimizer.grad_scale, optimizer.found_inf = None, (~self.grad_norm.isfinite()).float()  # type: ignore
+        elif not self.grad_norm.isfinite():
+            optimizer.zero_grad(set_to_none=True)  # no gradient, no update
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, then gather ``step_metrics``."""
+        rate = optimizer.param_groups[0]["lr"]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        losses = self.trainer.strategy.reduce(torch.stack(self._losses).mean(0), reduce_op="mean")
+        self._losses.clear()
+        names = ("loss", "instance_loss", "prior_loss")
+        self.step_metrics = dict(zip(names, losses, strict=True)) | {
+            "grad_norm": self.grad_norm,
+            "lr": torch.tensor(rate),
+        }
+
+    def learning(self) -> list[nn.Parameter]:
+        """The parameters that learn, in the order of ``ema``."""
+        return [weight for weight in self.learned.parameters() if weight.requires_grad]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the networks hold the averaged weights if there are any; tensors change hands, nothing is copied."""
+        pairs = list(zip(self.learning(), self.ema or [], strict=self.ema is not None))
+        try:
+            for weight, average in pairs:
+                weight.data, average.data = average.data, weight.data
+            yield
+        finally:
+            for weight, average in pairs:
+                weight.data, average.data = average.data, weight.data
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which base the weights grew from: they fit no other."""
+        checkpoint["base"] = self.base
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """Switch on gradient checkpointing, under its name in diffusers, transformers 5 or transformers 4."""
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(network, name) for name in names if hasattr(network, name))()

@@ -1,0 +1,141 @@
+"""The tasks that train: from a config to its effect."""
+
+import json
+import logging
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import ProgressBar
+
+from dreambooth.callbacks.checkpoint import FOLDER, Checkpoint, newest
+from dreambooth.config import build
+from dreambooth.data.datamodule import DreamBoothDataModule
+from dreambooth.errors import UserError
+from dreambooth.families.base import Family
+from dreambooth.module import DreamBoothModule
+from dreambooth.run_folder import open_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run lies and its summary.json."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def train(cfg: DictConfig) -> RunResult:
+    """Teach the model the subject: prepare, train (going on where a killed run stopped), export; a finished run is left.
+
+    Raises UserError for what cannot work, before anything expensive or written, and SystemExit when interrupted (130) or
+    terminated (143).
+    """
+    quieten()
+    by_epochs = counts_epochs(cfg)
+    family, data = prepare_data(cfg)
+    run = open_run(cfg, Path(cfg.run_dir))
+    if run.summary is not None:
+        return RunResult(run.folder, run.summary)
+    callbacks = [build(node) for node in cfg.callbacks.values() if node is not None]
+    trainer = make_trainer(cfg, run.folder, callbacks, max_steps=-1 if by_epochs else cfg.trainer.max_steps)
+    if by_epochs:
+        per_step = cfg.model.micro_batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        pictures = data.num_instance * cfg.model.data.train_data_repeats
+        trainer.fit_loop.epoch_loop.max_steps = math.ceil(cfg.trainer.max_epochs * pictures / per_step)
+    module = make_module(cfg, family)
+    fit(trainer, module, data, newest(run.folder / FOLDER, module.base))
+    return RunResult(run.folder, json.loads((run.folder / "summary.json").read_text()))
+
+
+def prepare(cfg: DictConfig) -> Path:
+    """Draw the missing regularization pictures and encode what is not cached; returns the folder of the former."""
+    quieten()
+    family, data = prepare_data(cfg)
+    fit(make_trainer(cfg, Path(cfg.run_dir), [], max_steps=0), make_module(cfg, family), data, None)
+    return Path(cfg.model.data.regularization_dir)
+
+
+def prepare_data(cfg: DictConfig) -> tuple[Family, DreamBoothDataModule]:
+    """The untouched networks and the checked data; nothing is drawn, encoded or written yet."""
+    model = cfg.model
+    family = build(model.family)
+    shared = (
+        "use_cached_latents",
+        "with_prior_preservation",
+        "train_text_encoder",
+        "micro_batch_size",
+        "restore_from_path",
+    )
+    data = DreamBoothDataModule(family, **model.data, **{key: model[key] for key in shared}, seed=cfg.seed)
+    data.check()
+    return family, data
+
+
+def make_module(cfg: DictConfig, family: Family) -> DreamBoothModule:
+    """What learns, and how."""
+    model = cfg.model
+    return DreamBoothModule(
+        family,
+        build(model.tuning)(family),
+        build(model.objective)(family.scheduler),
+        build(model.weighting),
+        build(model.optim),
+        dict(model.sched),
+        model.prior_loss_weight,
+        model.noise_offset,
+        model.gradient_checkpointing,
+        cfg.seed,
+    )
+
+
+def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], max_steps: int) -> pl.Trainer:
+    """Lightning's Trainer, counting optimizer steps: the stream of pictures has no epochs of its own."""
+    return build(
+        cfg.trainer,
+        max_steps=max_steps,
+        max_epochs=-1,
+        default_root_dir=str(folder),
+        callbacks=callbacks,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+    )
+
+
+def counts_epochs(cfg: DictConfig) -> bool:
+    """Whether ``trainer.max_epochs`` decides the length (an epoch: every photo ``train_data_repeats`` times)."""
+    steps, epochs = cfg.trainer.max_steps, cfg.trainer.max_epochs
+    if (steps in (None, -1)) == (epochs in (None, -1)):
+        raise UserError(
+            f"trainer.max_steps={steps} and trainer.max_epochs={epochs}: one of them decides the length; "
+            "type trainer.max_steps=-1 to count epochs, trainer.max_epochs=null to count steps"
+        )
+    return epochs not in (None, -1)
+
+
+def fit(trainer: pl.Trainer, module: DreamBoothModule, data: DreamBoothDataModule, resume: Path | None) -> None:
+    """``trainer.fit``, where Ctrl-C and SIGTERM say in one line where the run stands, and end with their usual codes."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume)
+    except SystemExit:
+        folder = Path(trainer.default_root_dir)
+        kept = newest(folder / FOLDER, module.base)
+        place = f"step {int(kept.stem[5:])}" if kept else "the beginning"
+        step, goal = trainer.global_step, trainer.max_steps
+        log.warning("stopped at step %d of %d in %s: the same command goes on from %s", step, goal, folder, place)
+        raise SystemExit(143 if trainer.received_sigterm else 130) from None
+
+
+def quieten() -> None:
+    """Keep what the libraries say to their own developers off the screen."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Cached latents need no loader processes; and Lightning 2.6 asks torch 2.9 and later in a way that torch dislikes.
+    warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck.*")
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*", FutureWarning)

@@ -1,0 +1,27 @@
+"""Run as a program by test_distributed.py: two ranks of batch 1, first healthy, then with a picture that is not finite."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from dreambooth.callbacks.checkpoint import Checkpoint
+from dreambooth.callbacks.ema import Ema
+from dreambooth.callbacks.nan_guard import NanGuard
+from dreambooth.errors import UserError
+from tests.steps import module_of, run
+
+if __name__ == "__main__":
+    model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    module = module_of(model)
+    ranks = {"size": 1, "strategy": "ddp", "devices": 2, "gradient_clip_val": 1.0}
+    callbacks = [Ema(0.5), Checkpoint(2)]
+    trainer, rows = run(module, 3, callbacks=callbacks, enable_checkpointing=True, default_root_dir=folder, **ranks)
+    guarded = module_of(model)
+    try:
+        run(guarded, 9, callbacks=[NanGuard(3)], poison="instance/3", **(ranks | {"accumulate_grad_batches": 3}))
+    except UserError as error:
+        (folder / f"rank{trainer.global_rank}.txt").write_text(str(error))
+    weights = [weight.detach() for weight in module.learning()]
+    torch.save({"rows": rows, "weights": weights}, folder / f"rank{trainer.global_rank}.pt")

@@ -1,0 +1,106 @@
+"""A training on latents made up in code: what module and callbacks are tested with, without pictures or a VAE."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from dreambooth import tuning
+from dreambooth.callbacks.checkpoint import AtomicCheckpointIO
+from dreambooth.data.pairs import Role, Stream
+from dreambooth.families.sd import StableDiffusion
+from dreambooth.module import DreamBoothModule
+from dreambooth.tasks import quieten
+
+CONSTANT = {"name": "constant", "warmup_steps": 0, "num_cycles": 1, "power": 1.0}
+PROMPTS = {"instance": "a photo of sks dog", "regularization": "a photo of dog"}
+
+
+class Latents(pl.LightningDataModule):
+    """The project's stream over random moments: 5 of the instance and, with the prior, 7 of its class."""
+
+    def __init__(
+        self, family: StableDiffusion, size: int, seed: int, prior: bool, text: bool, poison: str = ""
+    ) -> None:
+        super().__init__()
+        self.family, self.size, self.seed, self.text = family, size, seed, text
+        g = torch.Generator().manual_seed(7)
+        self.moments = {"instance": torch.randn(5, 8, 8, 8, generator=g)}
+        if prior:
+            self.moments["regularization"] = torch.randn(7, 8, 8, 8, generator=g)
+        for role, moments in self.moments.items():
+            for number in range(len(moments)):
+                if f"{role}/{number}" == poison:
+                    moments[number] = float("nan")
+
+    def train_dataloader(self) -> DataLoader:
+        roles = []
+        for name, moments in self.moments.items():
+            paths = [Path(name, str(number)) for number in range(len(moments))]
+            with torch.no_grad():
+                cond = None if self.text else self.family.encode_prompts([PROMPTS[name]])
+            roles.append(Role(name, PROMPTS[name], paths, [[one] for one in moments], cond))
+        stream = Stream(
+            roles,
+            micro_batch_size=self.size,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            accumulate=self.trainer.accumulate_grad_batches,
+            first_step=self.trainer.global_step,
+            resolution=32,
+            center_crop=True,
+            random_flip=False,
+        )
+        return DataLoader(stream, batch_size=None)
+
+
+def module_of(folder: Path, *, text: bool = False, optim: Any = None, weighting: Any = None, **options: Any):
+    """The module of a model folder with everything that learns, at a rate that shows within a few steps."""
+    family = StableDiffusion(str(folder))
+    learned = tuning.full(family, train_text_encoder=text)
+    optim = optim or partial(torch.optim.AdamW, lr=1e-3)
+    options = {"sched": CONSTANT, "seed": 1, **options}
+    return DreamBoothModule(family, learned, family.objective, weighting, optim, **options)
+
+
+def run(
+    module: DreamBoothModule,
+    steps: int,
+    *,
+    size: int = 2,
+    prior: bool = True,
+    poison: str = "",
+    callbacks: list[pl.Callback] | None = None,
+    resume: Path | None = None,
+    **trainer: Any,
+) -> tuple[pl.Trainer, list[dict[str, float]]]:
+    """Train for ``steps`` and return the trainer and every step's metrics."""
+    quieten()
+    rows: list[dict[str, float]] = []
+
+    class Rows(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+            if (batches := trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+                rows.append({name: float(value) for name, value in pl_module.step_metrics.items()})
+                assert trainer.global_step == batches // trainer.accumulate_grad_batches
+
+    options = {
+        "max_epochs": -1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        **trainer,
+    }
+    trainer_ = pl.Trainer(max_steps=steps, callbacks=[Rows(), *(callbacks or [])], **options)
+    trainer_.strategy.checkpoint_io = AtomicCheckpointIO()
+    text = "text_encoder" in module.learned
+    trainer_.fit(module, datamodule=Latents(module.family, size, module.seed, prior, text, poison), ckpt_path=resume)
+    return trainer_, rows

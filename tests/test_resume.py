@@ -1,0 +1,80 @@
+"""A killed run goes on as if nothing had happened."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreambooth.callbacks.checkpoint import Checkpoint, checkpoints, newest
+from dreambooth.callbacks.ema import Ema
+from dreambooth.callbacks.nan_guard import NanGuard
+from dreambooth.errors import UserError
+from tests.steps import CONSTANT, module_of, run
+
+EVERYTHING: dict[str, Any] = {
+    "text": True,
+    "noise_offset": 0.1,
+    "sched": CONSTANT | {"name": "linear", "warmup_steps": 3},
+}
+
+
+def go(model: Path, folder: Path, stop: int | None = None, **options: Any) -> Any:
+    """Train to step 7 in ``folder``, going on where it stands; ``stop`` ends it as a crash at that step would."""
+
+    class Crash(Checkpoint):
+        def on_train_batch_end(self, trainer: Any, *_: object) -> None:
+            super().on_train_batch_end(trainer)
+            if trainer.global_step == stop:
+                raise ConnectionError
+
+    module = module_of(model, **EVERYTHING)
+    resume = newest(folder / "checkpoints", module.base)
+    callbacks = [Ema(0.9), NanGuard(3), Crash(2, save_last_k=2)]
+    run(module, 7, callbacks=callbacks, resume=resume, enable_checkpointing=True, default_root_dir=folder, **options)
+    return module
+
+
+@pytest.mark.parametrize(("options", "stops"), [({"accumulate_grad_batches": 3, "size": 1}, (3, 4, 6)), ({}, (2,))])
+def test_resume_is_exact(tiny_sd: Path, tmp_path: Path, options: dict[str, Any], stops: tuple[int, ...]) -> None:
+    """Weights, averages and optimizer are bit for bit those of a run that was never stopped."""
+    whole = go(tiny_sd, tmp_path / "whole", **options)
+    for stop in stops:
+        with pytest.raises(ConnectionError):
+            go(tiny_sd, tmp_path / "parts", stop, **options)
+    parts = go(tiny_sd, tmp_path / "parts", **options)
+    assert [path.name for path in checkpoints(tmp_path / "parts" / "checkpoints")] == [
+        "step_000006.ckpt",
+        "step_000007.ckpt",
+    ]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    files = [
+        torch.load(tmp_path / run / "checkpoints/step_000007.ckpt", weights_only=True) for run in ("whole", "parts")
+    ]
+    (a, b), (rate, other) = [file["optimizer_states"][0] for file in files], [file["lr_schedulers"] for file in files]
+    assert rate == other
+    for key, state in a["state"].items():
+        assert all(torch.equal(value, b["state"][key][name]) for name, value in state.items())
+    assert not any("vae" in name for name in files[0]["state_dict"])
+
+
+def test_which_checkpoint(tiny_sd: Path, tiny_sd_v: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The newest whole file counts; none of another model; leftovers of a killed write are swept away."""
+    folder = tmp_path / "checkpoints"
+    assert newest(folder, "any") is None
+    module = go(tiny_sd, tmp_path)
+    last = folder / "step_000007.ckpt"
+    assert newest(folder, module.base) == last
+    with pytest.raises(UserError, match="another model"):
+        newest(folder, module_of(tiny_sd_v).base)
+    (folder / "step_000009.ckpt").write_bytes(last.read_bytes()[:-1000])
+    (folder / "last.ckpt").touch()
+    assert newest(folder, module.base) == last
+    assert "step_000009.ckpt is damaged" in caplog.text
+    for path in checkpoints(folder):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint .* can be read"):
+        newest(folder, module.base)
+    with pytest.raises(UserError, match="every_n_train_steps=0"):
+        Checkpoint(0)
