@@ -98,3 +98,16 @@ def test_the_installed_command_knows_its_cards_from_another_folder(installed, tm
     assert str(installed.parent) in where
     wrong = run(*command, "model=sd16", cwd=tmp_path)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.slow
+def test_the_installed_command_trains_from_another_folder(installed, tmp_path, tiny_sd, photos):
+    settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null
+        model.data.resolution=32 model.data.num_reg_images=2 model.data.sampler.inference_steps=2 trainer.max_steps=2
+        callbacks.sample_grid.num_images_per_prompt=1 trainer.accelerator=cpu""".split()
+    command = (installed / "python", "-c", "from dreambooth.cli import main; main()", *settings)
+    result = run(*command, cwd=tmp_path, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.splitlines()[-1])
+    assert folder.is_relative_to(tmp_path / "outputs")
+    assert {"config.yaml", "metrics.csv", "summary.json", "pipeline", "samples"} <= {p.name for p in folder.iterdir()}
