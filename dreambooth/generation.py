@@ -51,6 +51,7 @@ def generate(cfg: DictConfig) -> list[Path]:
     rows = [
         slice(first, first + infer.num_images_per_prompt) for first in range(0, len(paths), infer.num_images_per_prompt)
     ]
+    new = sum(not path.exists() for path in paths)
     todo = [row for row in rows if not all(path.exists() for path in paths[row])]
     if todo:
         family.move(pick_device(cfg.trainer.accelerator))
@@ -62,7 +63,7 @@ def generate(cfg: DictConfig) -> list[Path]:
     with atomic(folder / "grid.png") as temporary:
         sheet = labelled_grid([[Image.open(path) for path in paths[row]] for row in shown], prompts[: len(shown)])
         sheet.save(temporary, format="PNG")
-    log.info("%d pictures, %d of them new, in %s", len(paths), len(todo) * infer.num_images_per_prompt, folder)
+    log.info("%d pictures, %d of them new, in %s", len(paths), new, folder)
     return paths
 
 

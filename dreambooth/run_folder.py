@@ -35,7 +35,7 @@ IRRELEVANT = (
     "run_dir=*",
     "infer.*",
     "infer=*",
-    "callbacks.checkpoint.*",
+    "callbacks.checkpoint*",
     "callbacks.progress*",
     "callbacks/progress*",
     "model.data.num_workers=*",
@@ -70,7 +70,7 @@ def run_id(override_dirname: str) -> str:
     if env.get("TORCHELASTIC_RUN_ID", "none") != "none":
         return env["TORCHELASTIC_RUN_ID"]
     overrides = re.split(r",(?=~|[+]*[A-Za-z_][\w./@]*=)", override_dirname)
-    relevant = sorted(override for override in overrides if not _irrelevant(override.lstrip("+~")))
+    relevant = sorted({override for override in overrides if not _irrelevant(override.lstrip("+~"))})
     return hashlib.blake2b("\n".join(relevant).encode(), digest_size=4).hexdigest()
 
 

@@ -44,7 +44,7 @@ def finish(folder: Path, steps: int) -> None:
 def test_id_is_that_of_the_job_or_a_hash_of_what_changes_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = run_id("model=pocket,model.data.instance_prompt=a dog, sks=1")
     how = "hydra.verbose=true,infer.prompts=[a,b,c],model.data.instance_prompt=a dog, sks=1,model=pocket,task=generate"
-    assert run_id(how) == run_id(how + ",trainer.log_every_n_steps=5") == plain
+    assert run_id(how) == run_id(how + ",trainer.log_every_n_steps=5,model=pocket") == plain
     different = {run_id(text) for text in ("", "seed=2", "+seed=2,seed=3", "~callbacks.export,seed=2", "task=pretrain")}
     assert len(different | {plain, run_id("trainer.max_steps=7")}) == 7
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

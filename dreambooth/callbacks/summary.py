@@ -13,12 +13,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from dreambooth import __version__
 from dreambooth.callbacks.metrics_csv import LOSSES, metrics_path, read_rows
 from dreambooth.callbacks.sample_grid import SampleGrid, training_clock
 from dreambooth.files import atomic
 
 LAST_STEPS = 20
-PACKAGES = ("dreambooth", "torch", "pytorch-lightning", "diffusers", "transformers", "hydra-core")
+PACKAGES = ("torch", "pytorch-lightning", "diffusers", "transformers", "hydra-core")
 _IMPORTED = time.monotonic()
 
 
@@ -87,7 +88,7 @@ def process_age() -> float:
 
 def versions() -> dict[str, str]:
     """Python's version and those of the installed packages that a result depends on."""
-    found = {"python": sys.version.split()[0]}
+    found = {"dreambooth": __version__, "python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
             found[package] = version(package)
