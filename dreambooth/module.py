@@ -19,15 +19,13 @@ from dreambooth.objective import Diffusion, Weighting
 
 
 def prior_loss(per_example: Tensor, is_prior: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, instance and prior loss: mean over the instance + ``weight`` x mean over the class (0 where there is none).
+    """Total, instance and prior loss: mean over the instance + ``weight`` x mean over the class (0 if there is none).
 
     ``per_example`` (B,) and ``is_prior`` (B,) boolean, the two roles in any number and order.
     Source: DreamBooth, arXiv 2208.12242, section 3.2, equation 2 (there the weight is called lambda).
     """
     if per_example.shape != is_prior.shape or per_example.dim() != 1 or is_prior.dtype != torch.bool:
-        raise ValueError(
-            f"losses {tuple(per_example.shape)}, is_prior {tuple(is_prior.shape)} {is_prior.dtype}: need (B,)"
-        )
+        raise ValueError(f"losses {per_example.shape} and boolean roles {is_prior.shape} must both be (B,)")
     # Masks and not indexing: an index whose length depends on the data makes a GPU wait.
     instance, prior = (
         torch.where(role, per_example, 0.0).sum() / role.sum().clamp(min=1) for role in (~is_prior, is_prior)
@@ -38,7 +36,7 @@ def prior_loss(per_example: Tensor, is_prior: Tensor, weight: float) -> tuple[Te
 class DreamBoothModule(pl.LightningModule):
     """Fine-tunes the ``learned`` networks of a family on a subject, with or without the prior of its class.
 
-    Registers only what learns (and its moving average ``ema``, where the callback keeps one), so neither checkpoints nor
+    Registers only what learns (and its moving average ``ema``, if a callback keeps one), so neither checkpoints nor
     strategies see a frozen network. ``step_metrics`` holds the last optimizer step: loss, instance_loss, prior_loss
     (means over accumulation and ranks), grad_norm (before clipping) and lr, as tensors that nobody has waited for.
     """
@@ -70,7 +68,7 @@ class DreamBoothModule(pl.LightningModule):
                 recompute_activations(network)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """One micro-batch (B) of instance and class records; noise and noise levels are functions of their positions."""
+        """One micro-batch (B) of instance and class records; noise and its level are functions of the position."""
         torch.manual_seed(seed_of(self.seed, batch["step"], batch["index"][0], "dropout"))
         moments = batch["moments"] if "moments" in batch else self.encode(batch["pixels"])
         x0 = self.family.latents(moments, self.draw(batch, "posterior", (moments.shape[1] // 2, *moments.shape[2:])))
@@ -84,7 +82,7 @@ class DreamBoothModule(pl.LightningModule):
         per_example = self.objective.loss(pred, x0, noise, t, self.weighting)
         loss, instance, prior = prior_loss(per_example, batch["is_prior"], self.prior_loss_weight)
         self._losses.append(torch.stack([loss, instance, prior]).detach())
-        return {"loss": loss, "instance_loss": instance, "prior_loss": prior, "per_example": per_example}
+        return {"loss": loss, "per_example": per_example}
 
     def draw(self, batch: dict[str, Any], purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Gaussian (B, *shape) of this micro-batch's positions, on the device."""
@@ -97,7 +95,7 @@ class DreamBoothModule(pl.LightningModule):
         return torch.cat(roles)[batch["index"]].to(self.device, non_blocking=True)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Moments (B, 2C, h, w) of pictures, as the latent cache holds them: no gradient, the autoencoder's own dtype."""
+        """Moments (B, 2C, h, w) of pictures, as the latent cache holds them: no gradient, the VAE's own dtype."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.family.encode_pictures(pixels)
 
@@ -107,7 +105,7 @@ class DreamBoothModule(pl.LightningModule):
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
         return {name: value[rows] for name, value in self.family.encode_prompts(distinct).items()}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Optimizer and diffusers' schedule (by its name), advanced at every optimizer step."""
         learned = self.learning()
         if any(weight.dtype != torch.float32 for weight in learned):
@@ -152,11 +150,8 @@ class DreamBoothModule(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         losses = self.trainer.strategy.reduce(torch.stack(self._losses).mean(0), reduce_op="mean")
         self._losses.clear()
-        names = ("loss", "instance_loss", "prior_loss")
-        self.step_metrics = dict(zip(names, losses, strict=True)) | {
-            "grad_norm": self.grad_norm,
-            "lr": torch.tensor(rate),
-        }
+        self.step_metrics = dict(zip(("loss", "instance_loss", "prior_loss"), losses, strict=True))
+        self.step_metrics |= {"grad_norm": self.grad_norm, "lr": torch.tensor(rate, dtype=torch.float64)}
 
     def learning(self) -> list[nn.Parameter]:
         """The parameters that learn, in the order of ``ema``."""

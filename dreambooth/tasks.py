@@ -32,10 +32,10 @@ class RunResult:
 
 
 def train(cfg: DictConfig) -> RunResult:
-    """Teach the model the subject: prepare, train (going on where a killed run stopped), export; a finished run is left.
+    """Teach the model the subject: prepare, train (going on where a killed run stopped), export.
 
-    Raises UserError for what cannot work, before anything expensive or written, and SystemExit when interrupted (130) or
-    terminated (143).
+    A finished run is left alone. Raises UserError for what cannot work, before anything expensive or written, and
+    SystemExit when interrupted (130) or terminated (143).
     """
     quieten()
     by_epochs = counts_epochs(cfg)
@@ -66,13 +66,8 @@ def prepare_data(cfg: DictConfig) -> tuple[Family, DreamBoothDataModule]:
     """The untouched networks and the checked data; nothing is drawn, encoded or written yet."""
     model = cfg.model
     family = build(model.family)
-    shared = (
-        "use_cached_latents",
-        "with_prior_preservation",
-        "train_text_encoder",
-        "micro_batch_size",
-        "restore_from_path",
-    )
+    shared = ["use_cached_latents", "with_prior_preservation", "train_text_encoder"]
+    shared += ["micro_batch_size", "restore_from_path"]
     data = DreamBoothDataModule(family, **model.data, **{key: model[key] for key in shared}, seed=cfg.seed)
     data.check()
     return family, data
@@ -120,7 +115,7 @@ def counts_epochs(cfg: DictConfig) -> bool:
 
 
 def fit(trainer: pl.Trainer, module: DreamBoothModule, data: DreamBoothDataModule, resume: Path | None) -> None:
-    """``trainer.fit``, where Ctrl-C and SIGTERM say in one line where the run stands, and end with their usual codes."""
+    """``trainer.fit``, where Ctrl-C and SIGTERM say in one line where the run stands and end with their usual codes."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume)
     except SystemExit:

@@ -1,4 +1,4 @@
-"""Run as a program by test_distributed.py: two ranks of batch 1, first healthy, then with a picture that is not finite."""
+"""Run as a program by test_distributed.py: two ranks of batch 1, first healthy, then with a picture of nan."""
 
 import sys
 from pathlib import Path

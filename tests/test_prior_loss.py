@@ -33,5 +33,5 @@ def test_weight_zero_equals_no_prior_at_all() -> None:
     [((4,), torch.zeros(2, dtype=torch.bool)), ((2, 2), torch.zeros(2, 2, dtype=torch.bool)), ((2,), torch.zeros(2))],
 )
 def test_shapes_are_asserted(losses: tuple[int, ...], roles: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"need \(B,\)"):
+    with pytest.raises(ValueError, match=r"must both be \(B,\)"):
         prior_loss(torch.zeros(losses), roles, 1.0)

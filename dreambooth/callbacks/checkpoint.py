@@ -28,10 +28,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoint(pl.callbacks.Checkpoint):
-    """Saves ``checkpoints/step_000100.ckpt`` every ``every_n_train_steps`` and at the end; keeps the ``save_last_k`` newest.
+    """Saves ``checkpoints/step_000100.ckpt`` every ``every_n_train_steps`` and at the end.
 
-    -1 keeps all. A file holds what learns, its averages, the optimizer, the schedule and the loop's counters, in plain
-    tensors and numbers, and no frozen weights. (Lightning runs callbacks of this base class after all others.)
+    Keeps the ``save_last_k`` newest (-1: all). A file holds what learns, its averages, the optimizer, the schedule and
+    the loop's counters, in plain tensors and numbers, and no frozen weights. (Lightning runs callbacks of this base
+    class after all others.)
     """
 
     def __init__(self, every_n_train_steps: int = 100, save_last_k: int = 1) -> None:
@@ -79,7 +80,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest(folder: Path, base: str) -> Path | None:
     """The newest readable checkpoint of ``folder``, None without one; says which ones it had to pass over.
 
-    Raises UserError when it was trained from another model than that with the fingerprint ``base``, or none is readable.
+    Raises UserError when it was trained from another model than the one of fingerprint ``base``, or none is whole.
     """
     found = checkpoints(folder)
     for path in reversed(found):

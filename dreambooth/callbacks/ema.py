@@ -1,5 +1,7 @@
 """Moving average of the weights that learn."""
 
+from typing import Any
+
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from dreambooth.errors import UserError
 class Ema(pl.Callback):
     """Keeps the average ``a ← d·a + (1 - d)·w`` of what learns after every step; ``decay`` null keeps none.
 
-    d rises as min(decay, (1 + step) / (10 + step)), so that a short run's average does not stay at the base (the rule of
+    d rises as min(decay, (1 + step) / (10 + step)), so that a short run's average leaves the base behind (the rule of
     tf.train.ExponentialMovingAverage and diffusers' EMAModel). The averages are parameters of the module, so they are
     moved, saved and resumed with it; ``module.averaged()`` puts them in place.
     """
@@ -21,7 +23,7 @@ class Ema(pl.Callback):
         self.decay = decay
         self.step = 0
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if self.decay is not None:
             copies = [nn.Parameter(weight.detach().clone(), requires_grad=False) for weight in pl_module.learning()]
             pl_module.ema = nn.ParameterList(copies)
@@ -30,7 +32,7 @@ class Ema(pl.Callback):
         self.step = trainer.global_step
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: object) -> None:
         if self.decay is None or trainer.global_step == self.step:
             return
         self.step = trainer.global_step

@@ -13,8 +13,8 @@ from dreambooth.errors import UserError
 class NanGuard(pl.Callback):
     """Ends the run after ``patience`` steps in a row with a loss that is not finite, and names their pictures.
 
-    The module skips the update of such a step, so the weights stay finite. The count is kept on the device and read every
-    ``patience`` steps: a GPU never waits for it, and the end comes at most as many steps later.
+    The module skips the update of such a step, so the weights stay finite. The count is kept on the device and read
+    every ``patience`` steps: a GPU never waits for it, and the end comes at most as many steps later.
     """
 
     def __init__(self, patience: int = 10) -> None:
@@ -29,7 +29,7 @@ class NanGuard(pl.Callback):
         self.seen: deque[tuple[Tensor, list[str]]] = deque(maxlen=2 * self.patience * trainer.accumulate_grad_batches)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
         self.seen.append((outputs["per_example"], batch["paths"]))
         if trainer.global_step == self.step:
@@ -48,7 +48,7 @@ class NanGuard(pl.Callback):
         if self.longest.item() < allowed:
             return
         names = [
-            path for losses, paths in self.seen for path, ok in zip(paths, losses.isfinite(), strict=True) if not ok
+            path for losses, paths in self.seen for path, loss in zip(paths, losses, strict=True) if not loss.isfinite()
         ]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             everywhere: list[list[str]] = [[]] * torch.distributed.get_world_size()

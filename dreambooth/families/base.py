@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from dreambooth.objective import Diffusion
@@ -19,6 +19,7 @@ class Family(ABC):
     """
 
     objective: Diffusion
+    scheduler: SchedulerMixin
     factor: int
     source: str
 

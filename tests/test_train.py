@@ -1,0 +1,114 @@
+"""The tasks train and prepare, as a user runs them."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreambooth import UserError, compose, train
+from dreambooth.callbacks.checkpoint import checkpoints
+from dreambooth.tasks import prepare
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = "import torch; torch.set_num_threads(1); from dreambooth.cli import main; main()"
+
+
+@pytest.fixture
+def settings(tiny_sd: Path, photos: Path, tmp_path: Path) -> list[str]:
+    """A short run of the tiny model on five photos and four regularization pictures."""
+    return [
+        f"model.from_pretrained={tiny_sd}",
+        f"model.data.instance_dir={photos}",
+        f"model.data.cached_instance_dir={tmp_path / 'cache'}",
+        f"model.data.regularization_dir={tmp_path / 'class'}",
+        "model.data.resolution=32",
+        "model.data.num_reg_images=4",
+        "model.data.sampler.inference_steps=1",
+        "model.micro_batch_size=1",
+        "callbacks.sample_grid=null",
+        "trainer.accelerator=cpu",
+    ]
+
+
+def begin(folder: Path, settings: list[str]) -> subprocess.Popen[str]:
+    """The command in a process of its own, begun in ``folder``."""
+    command = [sys.executable, "-c", PROGRAM, *settings, f"hydra.run.dir={folder}"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder.parent, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_row(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
+    """Return once metrics.csv has a row of ``step`` or later."""
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and any(int(row[0]) >= step for row in rows_of(metrics))):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def rows_of(metrics: Path) -> list[list[str]]:
+    return [row for row in list(csv.reader(metrics.read_text().splitlines()))[1:] if row]
+
+
+def test_prepare_then_epochs(settings: list[str], tmp_path: Path) -> None:
+    """prepare leaves nothing to make; 2 epochs of 5 photos x 3 repeats in global batches of 4 are 8 steps."""
+    run = f"hydra.run.dir={tmp_path / 'run'}"
+    drawn = prepare(compose(["task=prepare", *settings, run]))
+    assert sorted(path.name for path in drawn.glob("*.png")) == [f"{index:05d}.png" for index in range(4)]
+    assert not (tmp_path / "run").exists()
+    epochs = ["trainer.max_steps=-1", "trainer.max_epochs=2", "model.data.train_data_repeats=3"]
+    cfg = compose([*settings, run, *epochs, "trainer.accumulate_grad_batches=2", "model.micro_batch_size=2"])
+    result = train(cfg)
+    assert result.folder == tmp_path / "run"
+    assert {
+        "steps": 8,
+        "regularization_generated": 0,
+        "latents_encoded": 0,
+        "num_instance": 5,
+    }.items() <= result.summary.items()
+    assert [path.name for path in checkpoints(result.folder / "checkpoints")] == ["step_000008.ckpt"]
+    assert train(cfg) == result
+    with pytest.raises(UserError, match=r"trainer\.max_steps=-1 to count epochs"):
+        train(compose([*settings, run, "trainer.max_epochs=2"]))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(settings: list[str], tmp_path: Path) -> None:
+    """kill -9 twice, Ctrl-C, SIGTERM: the weights are those of a run that nobody disturbed."""
+    settings += ["trainer.max_steps=60", "callbacks.checkpoint.every_n_train_steps=7", "model.train_text_encoder=true"]
+    settings += ["model.ema.decay=0.9", "trainer.accumulate_grad_batches=2", "model.optim.lr=1e-3"]
+    prepare(compose(["task=prepare", *settings]))
+    folder, lost = tmp_path / "run", []
+    stops = [(3, signal.SIGKILL), (20, signal.SIGKILL), (33, signal.SIGINT), (48, signal.SIGTERM)]
+    for step, sign in stops:
+        process = begin(folder, settings)
+        wait_for_row(process, folder / "metrics.csv", step)
+        process.send_signal(sign)
+        output = "".join(process.communicate(timeout=60))
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[sign]
+        reached, kept = int(rows_of(folder / "metrics.csv")[-1][0]), checkpoints(folder / "checkpoints")
+        lost.append(reached - (int(kept[-1].stem[5:]) if kept else 0))
+        if sign != signal.SIGKILL:
+            assert f"the same command goes on from step {int(kept[-1].stem[5:])}" in output
+            assert "Traceback" not in output
+    assert all(0 <= steps <= 7 for steps in lost)
+    process = begin(folder, settings)
+    output = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert [int(row[0]) for row in rows_of(folder / "metrics.csv")] == list(range(1, 61))
+    whole = train(compose([*settings, f"hydra.run.dir={tmp_path / 'whole'}"]))
+    assert whole.summary["resumed_from"] is None
+    last = "checkpoints/step_000060.ckpt"
+    a, b = (torch.load(run / last, weights_only=True)["state_dict"] for run in (folder, whole.folder))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert {name.split(".")[0] for name in a} == {"learned", "ema"}
+    for path in (whole.folder / "pipeline").rglob("*.safetensors"):
+        assert (folder / path.relative_to(whole.folder)).read_bytes() == path.read_bytes()
