@@ -47,6 +47,7 @@ IRRELEVANT = (
 GOALS = ("trainer.max_steps", "trainer.max_epochs")  # may be raised in a folder that exists
 FOLDER_VARIABLE = "DREAMBOOTH_RUN_FOLDER"  # tells the processes that Lightning starts what rank 0 decided
 MISSING = "(absent)"
+RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Run:
 def run_id(override_dirname: str) -> str:
     """Name of the run: the SLURM job (``<array job>_<task>``), else torchrun's run id, else a hash of the overrides.
 
+    torchrun without ``--rdzv-id`` makes up a UUID for each start; the same command would not find its folder by that.
+
     ``override_dirname`` is Hydra's ``key=value,key=value``; those in ``IRRELEVANT`` do not count. An interactive SLURM
     shell is no job: several commands are typed in it.
     """
@@ -67,8 +70,9 @@ def run_id(override_dirname: str) -> str:
     if env.get("SLURM_JOB_ID") and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         array = env.get("SLURM_ARRAY_JOB_ID")
         return f"{array}_{env.get('SLURM_ARRAY_TASK_ID', '0')}" if array else env["SLURM_JOB_ID"]
-    if env.get("TORCHELASTIC_RUN_ID", "none") != "none":
-        return env["TORCHELASTIC_RUN_ID"]
+    launched = env.get("TORCHELASTIC_RUN_ID", "none")
+    if launched != "none" and not RANDOM_ID.fullmatch(launched):
+        return launched
     overrides = re.split(r",(?=~|[+]*[A-Za-z_][\w./@]*=)", override_dirname)
     relevant = sorted({override for override in overrides if not _irrelevant(override.lstrip("+~"))})
     return hashlib.blake2b("\n".join(relevant).encode(), digest_size=4).hexdigest()

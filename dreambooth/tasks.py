@@ -51,7 +51,9 @@ def train(cfg: DictConfig) -> RunResult:
         trainer.fit_loop.epoch_loop.max_steps = math.ceil(cfg.trainer.max_epochs * pictures / per_step)
     module = make_module(cfg, family)
     fit(trainer, module, data, newest(run.folder / FOLDER, module.base))
-    return RunResult(run.folder, json.loads((run.folder / "summary.json").read_text()))
+    trainer.strategy.barrier()  # the first rank writes the summary
+    path = run.folder / "summary.json"
+    return RunResult(run.folder, json.loads(path.read_text()) if path.exists() else {})
 
 
 def prepare(cfg: DictConfig) -> Path:

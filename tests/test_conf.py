@@ -88,6 +88,10 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
     assert Path(one.run_dir).parent == tmp_path / "outputs" / "dreambooth"
     assert one.infer.model == one.run_dir
     assert config.compose(["hydra.run.dir=here"]).run_dir == str(tmp_path / "here")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert Path(config.compose().run_dir).name == "mine"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "23237cc1-da53-4e92-9596-568d21e93690")
+    assert config.compose(["seed=1"]).run_dir == one.run_dir
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     assert Path(config.compose().run_dir).name == "12"
 
