@@ -134,12 +134,15 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files that ``atomic`` left in ``folder`` when its process, on this machine, was killed."""
+    """Remove what ``atomic`` left in ``folder``, files or folders, when its process, on this machine, was killed."""
     for path in folder.glob(f".*.{socket.gethostname()}-*.tmp"):
         try:
             os.kill(int(path.stem.rpartition("-")[2]), 0)
         except ProcessLookupError:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         except (PermissionError, ValueError):
             continue
 

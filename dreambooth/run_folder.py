@@ -131,6 +131,8 @@ def _claim(cfg: DictConfig, folder: Path) -> Run:
             *(folder, summary["steps"], folder),
         )
         return Run(folder, summary)
+    if is_rank_zero() and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"the run folder {folder} cannot be written: make it writable, or set hydra.run.dir=DIR")
     log.info("going on in run folder %s", folder)
     return Run(folder)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -125,12 +126,14 @@ def test_a_finished_run_is_left_and_a_killed_one_gets_its_end(tiny_sd: Path, pho
     # Killed after its last step: nothing to train, but the grid, the export and the summary are missing.
     (folder / "summary.json").unlink()
     (folder / "samples" / "step_000002.png").unlink()
+    (folder / f".pipeline.{socket.gethostname()}-{2**22 + 1}.tmp" / "unet").mkdir(parents=True)
     (folder / "pipeline" / "model_index.json").unlink()
     again = tiny_run(tiny_sd, photos, folder, "trainer.max_steps=2")
     assert (again.summary["steps"], again.summary["resumed_from"]) == (2, 2)
     assert again.summary["steps_per_second"] is None
     assert again.summary["final"] == first.summary["final"]
     assert (folder / "samples" / "step_000002.png").exists()
+    assert not list(folder.glob(".*"))
     assert (folder / "pipeline" / "model_index.json").exists()
 
     # Raised, with what a killed process leaves in metrics.csv: rows after the checkpoint, the last one cut short.

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from dreambooth.files import sweep
+
 
 class Export(pl.Callback):
     """Write ``pipeline/`` when training ends, with the averaged weights where they are kept.
@@ -15,6 +17,11 @@ class Export(pl.Callback):
 
     def __init__(self) -> None:
         self._done = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if trainer.is_global_zero:  # a kill in the middle of an export leaves gigabytes under a temporary name
+            sweep(Path(trainer.default_root_dir))
+            sweep(Path(trainer.default_root_dir) / "samples")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not self._done:
