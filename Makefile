@@ -23,7 +23,7 @@ style: .venv/dev  ## lint, format check, types
 	$(BIN)/mypy
 
 wheel: .venv/dev  ## dist/dreambooth-*.whl, with conf/ and the pocket weights inside
-	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@rm -rf build dreambooth.egg-info
 	@ls dist/*.whl
 
