@@ -69,7 +69,7 @@ class DreamBoothModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """One micro-batch (B) of instance and class records; noise and its level are functions of the position."""
-        torch.manual_seed(seed_of(self.seed, batch["step"], batch["index"][0], "dropout"))
+        self.seed_dropout(batch)
         moments = batch["moments"] if "moments" in batch else self.encode(batch["pixels"])
         x0 = self.family.latents(moments, self.draw(batch, "posterior", (moments.shape[1] // 2, *moments.shape[2:])))
         noise = self.draw(batch, "noise", x0.shape[1:])
@@ -84,15 +84,24 @@ class DreamBoothModule(pl.LightningModule):
         self._losses.append(torch.stack([loss, instance, prior]).detach())
         return {"loss": loss, "per_example": per_example}
 
+    def seed_dropout(self, batch: dict[str, Any]) -> None:
+        """Make a network's own randomness a function of the step (torch.manual_seed is slow: it seeds all devices)."""
+        cuda = self.device.type == "cuda"
+        default = torch.cuda.default_generators[self.device.index] if cuda else torch.default_generator
+        default.manual_seed(seed_of(self.seed, batch["step"], batch["index"][0], "dropout"))
+
     def draw(self, batch: dict[str, Any], purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Gaussian (B, *shape) of this micro-batch's positions, on the device."""
-        drawn = gaussian(tuple(shape), self.seed, batch["step"], batch["index"], purpose)
-        return drawn.to(self.device, non_blocking=True)
+        return self.send(gaussian(tuple(shape), self.seed, batch["step"], batch["index"], purpose))
 
     def draw_levels(self, batch: dict[str, Any]) -> Tensor:
         """Noise levels (B,) in [0, 1), spread evenly over the global batch of each role."""
         roles = [stratified(batch["global_size"], self.seed, batch["step"], role) for role in ("instance", "prior")]
-        return torch.cat(roles)[batch["index"]].to(self.device, non_blocking=True)
+        return self.send(torch.cat(roles)[batch["index"]])
+
+    def send(self, value: Tensor) -> Tensor:
+        """To the device; through pinned memory, as a GPU would otherwise have to finish its work first."""
+        return (value.pin_memory() if self.device.type == "cuda" else value).to(self.device, non_blocking=True)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Moments (B, 2C, h, w) of pictures, as the latent cache holds them: no gradient, the VAE's own dtype."""
@@ -102,7 +111,7 @@ class DreamBoothModule(pl.LightningModule):
     def read(self, prompts: list[str]) -> dict[str, Tensor]:
         """Conditions (B, …) of prompts: each distinct one, of the two that a batch has, is read once."""
         distinct = list(dict.fromkeys(prompts))
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
+        rows = self.send(torch.tensor([distinct.index(prompt) for prompt in prompts]))
         return {name: value[rows] for name, value in self.family.encode_prompts(distinct).items()}
 
     def configure_optimizers(self) -> Any:
@@ -110,9 +119,8 @@ class DreamBoothModule(pl.LightningModule):
         learned = self.learning()
         if any(weight.dtype != torch.float32 for weight in learned):
             raise UserError("trained weights must stay float32: type trainer.precision=bf16-mixed, 16-mixed or 32-true")
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         # One fused pass over the weights takes a fifth of the usual one's time; Lightning's fp16 scaling rules it out.
-        fused = {"fused": True} if "fused" in inspect.signature(self.optim.func).parameters and not scaled else {}
+        fused = {"fused": True} if "fused" in inspect.signature(self.optim.func).parameters and not self.scaled else {}
         optimizer = self.optim(learned, **{**fused, **self.optim.keywords})
         schedule = get_scheduler(
             self.sched["name"],
@@ -130,19 +138,30 @@ class DreamBoothModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, and skip the update when a gradient is not finite (as GradScaler does, but for every precision)."""
+        """Clip, and skip the update when a gradient is not finite (as GradScaler does, but for every precision).
+
+        An optimizer that follows torch's protocol for GradScaler (a fused one) does both inside its own pass over the
+        weights, from two numbers that stay on the device.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if gradient_clip_val and gradient_clip_algorithm == "value":
+        self.grad_norm = norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        by_value = gradient_clip_algorithm == "value"
+        if gradient_clip_val and by_value:
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaled:
+            found_inf = (~norm.isfinite()).float()
+            scale = (norm / gradient_clip_val).clamp(min=1) if gradient_clip_val and not by_value else None
+            optimizer.found_inf, optimizer.grad_scale = found_inf, scale  # type: ignore[attr-defined]
             return
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's protocol: a flag read on the device
-            optimizer.grad_scale, optimizer.found_inf = None, (~self.grad_norm.isfinite()).float()  # type: ignore
-        elif not self.grad_norm.isfinite():
+        if gradient_clip_val and not by_value:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if not self.scaled and not norm.isfinite():
             optimizer.zero_grad(set_to_none=True)  # no gradient, no update
+
+    @property
+    def scaled(self) -> bool:
+        """Whether Lightning scales the loss (fp16), and skips what overflows."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then gather ``step_metrics``."""

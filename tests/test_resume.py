@@ -29,6 +29,9 @@ def go(model: Path, folder: Path, stop: int | None = None, **options: Any) -> An
                 raise ConnectionError
 
     module = module_of(model, **EVERYTHING)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.1
     resume = newest(folder / "checkpoints", module.base)
     callbacks = [Ema(0.9), NanGuard(3), Crash(2, save_last_k=2)]
     run(module, 7, callbacks=callbacks, resume=resume, enable_checkpointing=True, default_root_dir=folder, **options)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,8 @@ def test_prepare_then_epochs(settings: list[str], tmp_path: Path) -> None:
     assert sorted(path.name for path in drawn.glob("*.png")) == [f"{index:05d}.png" for index in range(4)]
     assert not (tmp_path / "run").exists()
     epochs = ["trainer.max_steps=-1", "trainer.max_epochs=2", "model.data.train_data_repeats=3"]
-    cfg = compose([*settings, run, *epochs, "trainer.accumulate_grad_batches=2", "model.micro_batch_size=2"])
+    batches = ["trainer.accumulate_grad_batches=2", "model.micro_batch_size=2"]
+    cfg = compose([*settings, run, *epochs, *batches])
     result = train(cfg)
     assert result.folder == tmp_path / "run"
     assert {
@@ -76,6 +78,13 @@ def test_prepare_then_epochs(settings: list[str], tmp_path: Path) -> None:
     }.items() <= result.summary.items()
     assert [path.name for path in checkpoints(result.folder / "checkpoints")] == ["step_000008.ckpt"]
     assert train(cfg) == result
+    (result.folder / "summary.json").unlink()  # killed after the last step, before the export
+    shutil.rmtree(result.folder / "pipeline")
+    assert train(cfg).summary["resumed_from"] == 8
+    assert (result.folder / "pipeline/model_index.json").exists()
+    more = train(compose([*settings, run, *epochs, *batches, "trainer.max_epochs=3"]))
+    assert (more.folder, more.summary["steps"], more.summary["resumed_from"]) == (result.folder, 12, 8)
+    assert [int(row[0]) for row in rows_of(more.folder / "metrics.csv")] == list(range(1, 13))
     with pytest.raises(UserError, match=r"trainer\.max_steps=-1 to count epochs"):
         train(compose([*settings, run, "trainer.max_epochs=2"]))
 
