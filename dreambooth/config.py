@@ -59,13 +59,21 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
 
 
 def build(node: DictConfig, *args: Any, **kwargs: Any) -> Any:
-    """Instantiate a ``_target_`` node; a UserError of its constructor arrives unwrapped."""
+    """Instantiate a ``_target_`` node.
+
+    A UserError of its constructor arrives unwrapped. So does, as one, what a library's constructor says about its
+    arguments, and an argument that the constructor does not have.
+    """
     try:
         return instantiate(node, *args, **kwargs)
     except HydraException as error:
         if (known := user_error(error)) is not None:
-            raise known from None
-        raise
+            raise known from error
+        ours = str(node.get("_target_")).startswith("dreambooth.")
+        if error.__cause__ is None or (ours and "unexpected keyword argument" not in str(error.__cause__)):
+            raise
+        place = re.search(r"full_key: (\S+)", str(error))
+        raise UserError(f"{place[1] if place else 'config'}: {str(error.__cause__).splitlines()[0]}") from error
 
 
 def user_error(error: BaseException | None) -> UserError | None:

@@ -54,6 +54,7 @@ RANGES: dict[str, Rule] = {
     "model.sched.warmup_steps": AT_LEAST_0,
     "model.weighting.gamma": ABOVE_0,
     "model.optim.lr": ABOVE_0,
+    "model.optim.betas": (lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two below 1"),
     "model.optim.weight_decay": AT_LEAST_0,
     "model.optim.eps": ABOVE_0,
     "model.data.num_reg_images": AT_LEAST_0,

@@ -126,6 +126,7 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("model.train_text_encoder=maybe", ["true or false"]),
         ("model.ema.decay=1", ["between 0 and 1"]),
         ("model.optim.betas=0.9", ["a list"]),
+        ("model.optim.betas=[0.9,1.1]", ["two below 1"]),
         ("model.data.instance_prompt=''", ["model.data.instance_prompt is empty"]),
         ("infer.prompts=[]", ["infer.prompts is empty"]),
         ("infer.sampler_type=DDMI", ["did you mean 'DDIM'"]),
@@ -147,6 +148,15 @@ def test_right_input_of_several_kinds_is_taken():
     infer.prompts=dog model.ema.decay=0.99 model.optim.lr=1 model.data.instance_prompt='a,b' name=7"""
     cfg = config.compose(given.split())
     assert (cfg.trainer.deterministic, cfg.callbacks.export, cfg.infer.prompts) == (True, None, "dog")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("trainer.strategy=dpp", "dpp"), ("+trainer.foo=1", "foo"), ("trainer.devices=none", "devices")],
+)
+def test_what_lightning_refuses_is_one_line_too(override, words):
+    with pytest.raises(UserError, match="trainer: .*" + words):
+        config.build(config.compose([override, "trainer.accelerator=cpu"]).trainer)
 
 
 def test_the_samplers_of_the_tree_are_those_that_draw():
