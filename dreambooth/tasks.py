@@ -3,7 +3,11 @@
 import json
 import logging
 import math
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,15 +122,47 @@ def counts_epochs(cfg: DictConfig) -> bool:
 
 def fit(trainer: pl.Trainer, module: DreamBoothModule, data: DreamBoothDataModule, resume: Path | None) -> None:
     """``trainer.fit``, where Ctrl-C and SIGTERM say in one line where the run stands and end with their usual codes."""
+    with ended_by_sigterm(trainer):
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resume)
+        except SystemExit as end:
+            folder = Path(trainer.default_root_dir)
+            kept = newest(folder / FOLDER, module.base)
+            place = f"step {int(kept.stem[5:])}" if kept else "the beginning"
+            step, goal = trainer.global_step, trainer.max_steps
+            if trainer.is_global_zero:
+                log.warning(
+                    "stopped at step %d of %d in %s: the same command goes on from %s", step, goal, folder, place
+                )
+            raise SystemExit(143 if end.code == 143 else 130) from None
+
+
+@contextmanager
+def ended_by_sigterm(trainer: pl.Trainer) -> Iterator[None]:
+    """Within, SIGTERM ends this process and the ranks that it launched with SystemExit(143), as Ctrl-C does with 130.
+
+    Lightning's own handler does not act before the first step, and with several ranks it waits inside the handler for
+    the others, for ever if they are in another collective; so it is replaced again once training starts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        if (launcher := trainer.strategy.launcher) is not None:
+            launcher.kill(signal.SIGTERM)
+        raise SystemExit(143)
+
+    def install(*_: object) -> None:
+        signal.signal(signal.SIGTERM, end)
+
+    before = signal.getsignal(signal.SIGTERM)
+    install()
+    trainer.callbacks.insert(0, pl.callbacks.LambdaCallback(on_train_start=install))  # type: ignore[attr-defined]
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume)
-    except SystemExit:
-        folder = Path(trainer.default_root_dir)
-        kept = newest(folder / FOLDER, module.base)
-        place = f"step {int(kept.stem[5:])}" if kept else "the beginning"
-        step, goal = trainer.global_step, trainer.max_steps
-        log.warning("stopped at step %d of %d in %s: the same command goes on from %s", step, goal, folder, place)
-        raise SystemExit(143 if trainer.received_sigterm else 130) from None
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quieten() -> None:
