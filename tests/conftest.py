@@ -1,6 +1,7 @@
 """Fixtures shared by all tests, offline and on one thread."""
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,3 +61,15 @@ def photos(tmp_path: Path) -> Path:
         ImageDraw.Draw(picture).ellipse((left, top, left + 18, top + 20), fill=(240, 60 + 30 * number, 90))
         picture.save(folder / f"{number}.{'jpg' if number % 2 else 'png'}")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.getuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)

@@ -2,11 +2,6 @@
 
 import json
 import logging
-import multiprocessing
-import os
-import random
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 from dreambooth.data.regularization import MANIFEST, describe, fill, inspect, plan
 from dreambooth.errors import UserError
 from dreambooth.sampling import SAMPLERS, draw, scheduler_for
+from tests.processes import FORK_WARNING, kill_after, start
 
-processes = multiprocessing.get_context("fork")  # children need not import torch anew
 NUMBER, CHUNK = 46, 4
 
 
@@ -97,13 +92,7 @@ def run_rank(pipeline: Any, folder: Path, meeting: Path, rank: int, world: int) 
     torch.distributed.destroy_process_group()
 
 
-def start(target: Callable[..., object], *args: object) -> Any:
-    process = processes.Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings(FORK_WARNING)
 def test_two_ranks_draw_what_one_draws(
     complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
@@ -114,25 +103,14 @@ def test_two_ranks_draw_what_one_draws(
     assert contents(tmp_path / "set") == complete
 
 
-def fill_gently(pipeline: Any, folder: Path) -> None:
-    os.nice(10)  # so that the one who kills is in time
-    fill(lambda: pipeline, folder, NUMBER, settings())
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings(FORK_WARNING)
 def test_three_kills_leave_no_trace(
     complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    rng, drawn = random.Random(0), 0
-    for _ in range(3):
-        process = start(fill_gently, pipeline, tmp_path)
-        enough = drawn + rng.randint(1, 6)
-        while len(list(tmp_path.glob("0*.png"))) < enough and process.is_alive():
-            time.sleep(rng.uniform(0, 0.004))
-        process.kill()
-        process.join()
-        drawn = len(list(tmp_path.glob("0*.png")))
-        assert 0 < drawn < NUMBER
+    drawn = 0
+    for more in (3, 9, 1):
+        before, drawn = drawn, kill_after(more, tmp_path, fill, lambda: pipeline, tmp_path, NUMBER, settings())
+        assert before < drawn < NUMBER
     assert fill(lambda: pipeline, tmp_path, NUMBER, settings()) == NUMBER - drawn
     assert contents(tmp_path) == complete
 

@@ -1,6 +1,6 @@
 """What a user can have got wrong in ``model.data``, found before anything is drawn, encoded or written."""
 
-import os
+import tempfile
 from pathlib import Path
 
 from dreambooth.errors import UserError
@@ -37,9 +37,12 @@ def apart(folder: Path, other: Path, key: str) -> None:
 
 
 def writable(folder: Path, key: str) -> None:
-    """Raise UserError unless ``folder`` exists and can be written, or can be made. Writes nothing."""
+    """Raise UserError unless ``folder`` exists and can be written, or can be made. Leaves nothing behind."""
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"{key}: {nearest} is a file, so {folder} cannot be a folder; type another {key}=...")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: {folder} cannot be written; type another {key}=...")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be written ({error.strerror}); type another {key}=...") from error

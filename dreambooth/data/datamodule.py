@@ -89,13 +89,13 @@ class DreamBoothDataModule(pl.LightningDataModule):
         for role in self.roles:
             checks.prompt(self.prompts[role], f"model.data.{role}_prompt")
         list_pictures(self.folders[INSTANCE], FOLDER_KEYS[INSTANCE])
-        for role in self.roles if self.use_cached_latents else ():
-            checks.writable(self.caches[role], CACHE_KEYS[role])
         if REGULARIZATION in self.roles:
             checks.apart(self.folders[REGULARIZATION], self.folders[INSTANCE], regularization.KEY)
             checks.writable(self.folders[REGULARIZATION], regularization.KEY)
             check_sampler(self.sampler, "model.data.sampler")
             regularization.inspect(self.folders[REGULARIZATION], self.settings())
+        for role in self.roles if self.use_cached_latents else ():
+            checks.writable(self.caches[role], CACHE_KEYS[role])
 
     def setup(self, stage: str | None = None) -> None:
         """Fill the regularization folder and the caches, together with the other ranks, then free the device."""

@@ -4,6 +4,7 @@ A file is named by the hash of everything that changes its content and of nothin
 One that is cut short or belongs elsewhere is made again; none is ever guessed to be right.
 """
 
+import hashlib
 import io
 import logging
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Item:
         """The entry, or None when the file is absent, cut short, or another's."""
         try:
             stored = torch.load(self.path, map_location="cpu", weights_only=True)
-            return stored["entry"] if stored["key"] == self.key else None
+            entry: Entry = stored["entry"]
+            return entry if stored["key"] == self.key and stored["checksum"] == checksum(entry) else None
         except Exception:  # a damaged archive raises whatever its bytes happen to provoke
             return None
 
@@ -50,12 +52,21 @@ class Item:
         """Make the entry and store it; UserError when the folder cannot be written."""
         entry = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.make().items()}
         memory = io.BytesIO()
-        torch.save({"key": self.key, "entry": entry}, memory)
+        torch.save({"key": self.key, "checksum": checksum(entry), "entry": entry}, memory)
         try:
             with atomic(self.path) as path:
                 path.write_bytes(memory.getvalue())
         except UserError as error:
             raise UserError(f"{error}: {self.config_key}=...") from error
+
+
+def checksum(entry: Entry) -> str:
+    """The hash of an entry's bytes: torch.load does not notice a flipped one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(entry.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def moments_key(picture_hash: str, view: View, resolution: int, vae: str) -> str:
