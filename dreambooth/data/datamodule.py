@@ -2,23 +2,20 @@
 
 import logging
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from diffusers import DiffusionPipeline
 from pytorch_lightning.strategies import Strategy
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dreambooth.data import checks, regularization
-from dreambooth.data.latents import Entry, Item, gather, moments_key, prompt_key
+from dreambooth.data.encoder import Encoder
 from dreambooth.data.pairs import Role, Stream
-from dreambooth.data.views import View, draw_view, pixels
+from dreambooth.data.views import View, draw_view
 from dreambooth.families.base import Family
-from dreambooth.files import file_hash, list_pictures
+from dreambooth.files import list_pictures
 from dreambooth.noise import generator
 from dreambooth.sampling import check_sampler
 
@@ -103,11 +100,13 @@ class DreamBoothDataModule(pl.LightningDataModule):
         start = time.perf_counter()
         drawn = self.draw_missing() if REGULARIZATION in self.roles else 0
         filled = time.perf_counter()
+        caches = {role: (self.caches[role], CACHE_KEYS[role]) for role in self.roles if self.use_cached_latents}
+        encoder = Encoder(self.family, self.strategy.root_device, self.resolution, caches, self.shared)
         self.ready, encoded = [], 0
         for role in self.roles:
             paths = list_pictures(self.folders[role], FOLDER_KEYS[role], known=(regularization.MANIFEST,))
-            moments, made = self.encode_pictures(role, paths) if self.use_cached_latents else (None, 0)
-            cond = None if self.train_text_encoder else self.encode_prompt(role)
+            moments, made = encoder.pictures(role, paths, self.views) if self.use_cached_latents else (None, 0)
+            cond = None if self.train_text_encoder else encoder.prompt(role, self.prompts[role])
             self.ready.append(Role(role, self.prompts[role], paths, moments, cond))
             encoded += made
         self.settle()
@@ -193,20 +192,6 @@ class DreamBoothDataModule(pl.LightningDataModule):
         family.move(self.strategy.root_device)
         return family.to_pipeline()
 
-    def encode_pictures(self, role: str, paths: list[Path]) -> tuple[list[list[Tensor]], int]:
-        """The moments (2C, h, w) of all variants of each picture, from the cache, and how many had to be made."""
-        vae = self.family.fingerprint("vae")
-        items = []
-        for path in paths:
-            content = file_hash(path)
-            for view in self.views(content):
-                key = moments_key(content, view, self.resolution, vae)
-                items.append(Item(self.caches[role], CACHE_KEYS[role], key, partial(self.moments, path, view)))
-        entries, made = gather(items, f"encoding {role} pictures", "latent", **self.shared)
-        moments = [entry["moments"] for entry in entries]
-        variants = len(items) // len(paths)
-        return [moments[first : first + variants] for first in range(0, len(moments), variants)], made
-
     def views(self, content: str) -> list[View]:
         """The cached crops and flips of a picture, drawn from the seed and the hash of its bytes."""
         random = self.random_flip or not self.center_crop
@@ -214,28 +199,6 @@ class DreamBoothDataModule(pl.LightningDataModule):
             draw_view(generator(self.seed, content, variant, "view"), self.center_crop, self.random_flip)
             for variant in range(self.cached_variants if random else 1)
         ]
-
-    def moments(self, path: Path, view: View) -> Entry:
-        """Encode one picture, alone: the bits of a result depend on the size of its batch."""
-        self.family.move(self.strategy.root_device, "vae")
-        square = pixels(path, view, self.resolution).to(self.strategy.root_device)
-        with torch.no_grad():
-            return {"moments": self.family.encode_pictures(square[None])[0]}
-
-    def encode_prompt(self, role: str) -> Entry:
-        """The embeddings (1, ...) of a role's prompt, from the cache if latents are cached."""
-        readers = [name for name in self.family.networks if name.startswith("text_encoder")]
-
-        def make() -> Entry:
-            self.family.move(self.strategy.root_device, *readers)
-            with torch.no_grad():
-                return {name: value.cpu() for name, value in self.family.encode_prompts([self.prompts[role]]).items()}
-
-        if not self.use_cached_latents:
-            return make()
-        key = prompt_key(self.family.tokens([self.prompts[role]]).tolist(), self.family.fingerprint(*readers))
-        item = Item(self.caches[role], CACHE_KEYS[role], key, make)
-        return gather([item], f"encoding the {role} prompt", "prompt", **self.shared)[0][0]
 
     def settle(self) -> None:
         """Move the networks that do not learn off the device, except the VAE when every step encodes."""
@@ -256,4 +219,6 @@ class DreamBoothDataModule(pl.LightningDataModule):
         found += [f"{latents} latents"] * self.use_cached_latents
         drawn, encoded = counts["regularization_generated"], counts["latents_encoded"]
         made = [f"{drawn} pictures drawn"] * (drawn > 0) + [f"{encoded} latents encoded"] * (encoded > 0)
+        if self.cached_variants == 1 and self.use_cached_latents and (self.random_flip or not self.center_crop):
+            log.warning("each picture keeps one random crop and flip; model.data.cached_variants=8 gives it eight")
         log.info("%s found, %s", " and ".join(found) or "photos", " and ".join(made) or "nothing to make")

@@ -65,7 +65,7 @@ def checksum(entry: Entry) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(entry.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
