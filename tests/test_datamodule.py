@@ -95,7 +95,7 @@ def test_first_run_makes_everything_second_nothing_and_says_so(
     assert made(second) == (0, 0)
     assert [record.getMessage() for record in caplog.records if record.name.startswith("dreambooth")] == [
         f"{photos}: not pictures, ignored: readme.md",
-        "6 regularization pictures and 11 latents found, 6 pictures drawn and 11 latents encoded",
+        "6 regularization pictures and 11 latents ready, 6 pictures drawn and 11 latents encoded",
         "6 regularization pictures and 11 latents found, nothing to make",
     ]
     assert sorted(os.listdir(photos.parent)) == ["photos", "photos_cached", "reg", "reg_cached"]

@@ -221,4 +221,5 @@ class DreamBoothDataModule(pl.LightningDataModule):
         made = [f"{drawn} pictures drawn"] * (drawn > 0) + [f"{encoded} latents encoded"] * (encoded > 0)
         if self.cached_variants == 1 and self.use_cached_latents and (self.random_flip or not self.center_crop):
             log.warning("each picture keeps one random crop and flip; model.data.cached_variants=8 gives it eight")
-        log.info("%s found, %s", " and ".join(found) or "photos", " and ".join(made) or "nothing to make")
+        outcome = f"ready, {' and '.join(made)}" if made else "found, nothing to make"
+        log.info("%s %s", " and ".join(found) or "photos", outcome)
