@@ -199,6 +199,18 @@ def test_broken_folders_are_refused_in_one_line(tiny_sd, tmp_path, what, message
     assert "\n" not in str(error.value)
 
 
+def test_hub_ids_load_from_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """Offline, a hub id is what an earlier download left; an unknown revision is said."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--owner--tiny"
+    build_tiny_sd(model / "snapshots" / ("a" * 40))
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("a" * 40)
+    assert StableDiffusion("owner/tiny").source == "owner/tiny"
+    with pytest.raises(UserError, match=r"owner/tiny.*revision nope"):
+        StableDiffusion("owner/tiny", revision="nope")
+
+
 @pytest.mark.parametrize("source", ["./missing", "/no/such/folder", "~/missing", "missing", "a/b/c", "owner/name"])
 def test_unknown_models_are_refused_in_one_line(source):
     with pytest.raises(UserError, match=source) as error:

@@ -43,8 +43,9 @@ def locate(source: str, revision: str | None = None, variant: str | None = None)
     try:
         return Path(DiffusionPipeline.download(source, revision=revision, variant=variant, use_safetensors=True))
     except FAILURES as error:
+        at = f" at revision {revision}" if revision else ""
         raise UserError(
-            f"'{source}' is no folder here, and the hub did not give it ({first_line(error)}): "
+            f"'{source}' is no folder here, and the hub did not give it{at} ({root_cause(error)}): "
             "type a folder that exists, or check the id, the revision and the network"
         ) from error
 
@@ -198,6 +199,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def first_line(error: BaseException) -> str:
     """What an error of a library says, as part of one line."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def root_cause(error: BaseException) -> str:
+    """The first sentence of the error at the bottom of a chain."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return first_line(error).split(". ")[0]
 
 
 @contextmanager
