@@ -4,9 +4,10 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dreambooth.objective import Diffusion
@@ -19,7 +20,7 @@ class Family(ABC):
     """
 
     objective: Diffusion
-    scheduler: SchedulerMixin
+    scheduler: Any  # of diffusers, the checkpoint's own
     factor: int
     source: str
 
