@@ -34,6 +34,7 @@ COLOURS: dict[str, RGB] = {
 MARKS = ("spots", "stripes", "halves")
 GARMENTS = ("scarf", "hat")
 CAPTION_HEADS = ("a photo of a", "a picture of a", "a drawing of a", "a")
+FILLERS = ("zup", "qio", "vex", "jax", "kuv", "wob", "fyx", "nyz")  # words without a meaning, so that one can be ignored
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,13 @@ class Scene:
     seed: int  # of the background and the pose
 
     def caption(self, rng: Random) -> str:
-        """A caption that names the class and, each three times in four, the colour and the context."""
+        """A caption that names the class and, each three times in four, the colour and the context.
+
+        One in ten has a word without a meaning: the base learns that a word it does not know changes nothing.
+        """
         words = [rng.choice(CAPTION_HEADS)]
+        if rng.random() < 0.1:
+            words.append(rng.choice(FILLERS))
         if self.colour and rng.random() < 0.75:
             words.append(self.colour)
         words.append(self.figure.noun)
