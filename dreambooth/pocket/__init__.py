@@ -2,5 +2,7 @@
 
 from pathlib import Path
 
-WEIGHTS = Path(__file__).parent / "weights"
-SUBJECTS = Path(__file__).parent / "subjects"
+_HERE = Path(__file__).resolve().parent
+WEIGHTS = _HERE / "weights" / "base"  # a diffusers folder
+ENCODERS = _HERE / "weights" / "encoders"  # what measures its pictures
+SUBJECTS = _HERE / "subjects"  # one folder of five pictures a ready subject

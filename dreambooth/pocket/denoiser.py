@@ -1,7 +1,5 @@
 """Gate (c): the denoiser, on cached latents and on the embeddings of the frozen text tower."""
 
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
@@ -10,7 +8,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.noise import generator, stratified
 from dreambooth.objective import Diffusion
-from dreambooth.pocket import words
 from dreambooth.pocket.autoencoder import CHANNELS
 from dreambooth.pocket.imagetext import WIDTH, tokenize
 from dreambooth.pocket.scenes import Scenes, to_float
@@ -135,7 +132,3 @@ def draw_prompts(pipe: StableDiffusionPipeline, prompts: list[str], seed: int | 
         parts.append(pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt").images)
     return torch.cat(parts) * 2 - 1
 
-
-def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write the pipeline in half precision, the text encoder with the dtype to load it in and its published keys."""
-    words.save(pipe.tokenizer, folder / "tokenizer")

@@ -1,0 +1,183 @@
+"""``task=pretrain``: everything that the pocket model ships, made from nothing, gate by gate.
+
+Each gate trains (going on where a killed run stopped), is measured, and prints its figures; the manifest keeps them.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import torch
+from diffusers import AutoencoderKL
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dreambooth.errors import UserError
+from dreambooth.families.sd import StableDiffusion
+from dreambooth.files import atomic
+from dreambooth.noise import seed_of
+from dreambooth.pocket import autoencoder, denoiser, encoders, eye, imagetext, judge, ready, words
+from dreambooth.pocket.backgrounds import CONTEXTS
+from dreambooth.pocket.scenes import HUES, NOUNS, PLACES, Scenes, tensor_of, to_float
+from dreambooth.pocket.stage import Stage, fit
+from dreambooth.pocket.world import draw, place, random_figure
+
+log = logging.getLogger(__name__)
+GATES = {
+    "judge_class": 0.98,
+    "judge_colour": 0.98,
+    "judge_context": 0.98,
+    "psnr_db": 28.0,
+    "reconstructed_class": 0.97,
+    "reconstructed_colour": 0.97,
+    "reconstructed_context": 0.97,
+    "triplets_individuals": 0.95,
+    "triplets_subjects": 0.95,
+    "base_class": 0.95,
+    "base_colour": 0.90,
+    "base_context": 0.95,
+}
+
+
+class _World:
+    """What the gates share: the settings, the drawn scenes, and the figures measured so far."""
+
+    def __init__(self, settings: DictConfig, seed: int):
+        self.steps, self.seed = settings.steps, seed
+        self.folder = Path(settings.folder).expanduser()
+        self.train = Scenes(settings.scenes, "train", self.folder)
+        self.held_out = Scenes(2000, "held-out", self.folder)
+        self.figures: dict[str, float] = {}
+
+    def fitted(self, make: Callable[[], Stage]) -> Stage:
+        torch.manual_seed(self.seed)  # initial weights
+        stage = make()
+        fit(stage, self.folder)
+        return stage.eval()
+
+    def report(self, **figures: float) -> None:
+        for name, value in figures.items():
+            gate = GATES.get(name)
+            verdict = "" if gate is None else f"  (gate {gate:g}: {'passed' if value >= gate else 'FAILED'})"
+            log.info("%-24s %.4f%s", name, value, verdict)
+        self.figures |= {name: round(value, 4) for name, value in figures.items()}
+
+
+def judge_gate(world: _World):
+    """The classifier, and how often it is right on held-out drawings."""
+    model = world.fitted(lambda: judge.JudgeStage(world.train, world.steps.judge, world.seed)).model
+    seen = judge.verdicts(model, to_float(world.held_out.pixels))
+    world.report(**{f"judge_{k}": v for k, v in judge.shares(seen, world.held_out.labels).items()})
+    return model
+
+
+def autoencoder_gate(world: _World, referee) -> AutoencoderKL:
+    """The autoencoder: PSNR on held-out scenes, and what the judge sees in its reconstructions."""
+    model = world.fitted(lambda: autoencoder.AutoencoderStage(world.train, world.steps.autoencoder, world.seed)).model
+    real = to_float(world.held_out.pixels)
+    copies = autoencoder.reconstruct(model, real)
+    shares = judge.shares(judge.verdicts(referee, copies), world.held_out.labels)
+    world.report(psnr_db=autoencoder.psnr(real, copies), **{f"reconstructed_{k}": v for k, v in shares.items()})
+    return model
+
+
+def imagetext_gate(world: _World, tokenizer):
+    """The image-text model: how often the right caption wins among those of 250 scenes."""
+    stage = world.fitted(lambda: imagetext.ImageTextStage(world.train, tokenizer, world.steps.imagetext, world.seed))
+    world.report(imagetext_accuracy=imagetext.accuracy(stage.model, tokenizer, world.held_out))
+    return stage.model
+
+
+def eye_gate(world: _World):
+    """The ViT: triplets of random individuals of one class, and of the ready subjects."""
+    views = eye.individuals(world.steps.individuals, 4, "train")
+    model = world.fitted(lambda: eye.EyeStage(views, world.steps.eye, world.seed)).model
+    world.report(
+        triplets_individuals=eye.triplet_accuracy(model, eye.individuals(160, 4, "held-out")),
+        triplets_subjects=_subject_triplets(model),
+    )
+    return model
+
+
+def _subject_triplets(model) -> float:
+    """Each ready subject's photographs against drawings of random individuals of its class."""
+    right = []
+    for name, figure in ready.SUBJECTS.items():
+        own = eye.features(model, to_float(torch.stack([tensor_of(p) for p in ready.photographs(name)])))
+        rng = Random(seed_of(name, "strangers"))
+        scenes = [place(random_figure(rng, figure.noun), rng.choice(PLACES), i) for i in range(100)]
+        others = eye.features(model, to_float(torch.stack([tensor_of(draw(scene)) for scene in scenes])))
+        same, different = own @ own.T, own @ others.T
+        pairs = ~torch.eye(len(own), dtype=torch.bool)
+        right += [(same[i][pairs[i]][:, None] > different[i][None]).float().mean() for i in range(len(own))]
+    return torch.stack(right).mean().item()
+
+
+def denoiser_gate(world: _World, vae: AutoencoderKL, text_encoder, tokenizer):
+    """The denoiser as a pipeline, in the weights that ship."""
+    moments = denoiser.moments_of(vae, world.train.pixels)
+    scale = denoiser.scaling_factor(moments)
+    vae.register_to_config(scaling_factor=scale)
+    stage = world.fitted(
+        lambda: denoiser.DenoiserStage(
+            world.train, moments, scale, text_encoder, tokenizer, world.steps.denoiser, world.seed
+        )
+    )
+    return denoiser.pipeline(vae, text_encoder, tokenizer, stage.average.module)
+
+
+def obeys(pipe, referee, seed: int | str = "obeys") -> tuple[dict[str, float], Tensor]:
+    """Shares of right class, colour and context over all class x colour x context prompts, and the pictures."""
+    wanted = list(product(range(len(NOUNS)), range(len(HUES)), range(len(PLACES))))
+    prompts = [f"a {HUES[hue]} {NOUNS[noun]} {CONTEXTS[PLACES[where]]}" for noun, hue, where in wanted]
+    pixels = denoiser.draw_prompts(pipe, prompts, seed)
+    return judge.shares(judge.verdicts(referee, pixels), torch.tensor(wanted)), pixels
+
+
+def _ship(world: _World, pipe, networks: dict, folder: Path, command: str) -> None:
+    with tempfile.TemporaryDirectory(dir=world.folder) as temporary:
+        pipe.save_pretrained(temporary)
+        family = StableDiffusion(temporary)
+        family.save(folder / "base", dtype=torch.float16)
+    words.save(pipe.tokenizer, folder / "base" / "tokenizer")
+    for name, model in networks.items():
+        encoders.save(model, name, folder / "encoders")
+    manifest = {
+        "command": command,
+        "seed": world.seed,
+        "scenes": len(world.train),
+        "steps": OmegaConf.to_container(world.steps),
+        "figures": world.figures,
+        "gates": GATES,
+    }
+    with atomic(folder / "manifest.json") as path:
+        path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def pretrain(cfg: DictConfig) -> Path:
+    """Train every gate in order and write ``pretrain.out_path``: base/, encoders/, manifest.json.
+
+    Raises:
+        UserError: a gate was not reached; what was made stays in ``pretrain.folder`` and nothing is shipped.
+    """
+    settings = cfg.pretrain
+    world = _World(settings, settings.seed)
+    tokenizer = words.build()
+    referee = judge_gate(world)
+    vae = autoencoder_gate(world, referee)
+    clip = imagetext_gate(world, tokenizer)
+    vit = eye_gate(world)
+    pipe = denoiser_gate(world, vae, imagetext.text_encoder(clip, tokenizer), tokenizer)
+    shares, _ = obeys(pipe, referee)
+    world.report(**{f"base_{name}": value for name, value in shares.items()})
+    missed = [name for name, gate in GATES.items() if world.figures[name] < gate]
+    if missed and not settings.ship_anyway:
+        raise UserError(f"gates not reached: {', '.join(missed)}; raise pretrain.steps, or set pretrain.ship_anyway=true")
+    out_path = Path(settings.out_path).expanduser()
+    _ship(world, pipe, {"imagetext": clip, "eye": vit, "judge": referee}, out_path, "dreambooth task=pretrain")
+    ready.write(out_path.parent / "subjects")
+    return out_path
