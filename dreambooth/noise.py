@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, step, index, purpose).
 
-``index`` is a position in the global batch. Rank, world size and accumulation only decide which indices a process holds,
-so a resumed run equals an unbroken one and two ranks of batch 1 draw what one rank of batch 2 draws.
+``index`` is a position in the global batch. Rank, world size and accumulation only decide which indices a process
+holds, so a resumed run equals an unbroken one and two ranks of batch 1 draw what one rank of batch 2 draws.
 """
 
 import hashlib

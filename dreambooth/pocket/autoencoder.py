@@ -42,6 +42,48 @@ class AutoencoderStage(Stage):
         return error.abs().mean() + 4 * error.pow(2).mean() + self.kl * divergence
 
 
+class DecoderStage(Stage):
+    """The decoder alone on squared error, as Stable Diffusion's ft-mse autoencoder; the latents stay what they are."""
+
+    def __init__(
+        self,
+        model: AutoencoderKL,
+        scenes: Scenes,
+        moments: Tensor,
+        steps: int,
+        seed: int,
+        lr: float = 6e-4,
+        batch: int = 16,
+    ):
+        super().__init__("decoder", steps, lr, seed, weight_decay=0.0)
+        self.model = model
+        self.model.encoder.requires_grad_(False)
+        self.model.quant_conv.requires_grad_(False)
+        self.scenes, self.moments, self.batch = scenes, moments, batch
+
+    def loss(self, g: torch.Generator) -> Tensor:
+        index = torch.randint(len(self.scenes), (self.batch,), generator=g)
+        pixels = to_float(self.scenes.pixels[index]).to(self.device, memory_format=torch.channels_last)
+        latents = sample(self.moments[index], g).to(self.device)
+        return (self.model.decode(latents).sample - pixels).pow(2).mean()
+
+
+@torch.no_grad()
+def moments_of(model: AutoencoderKL, pixels: Tensor, batch: int = 200) -> Tensor:
+    """(N, 2C, 8, 8) float16 means and log-variances of uint8 pixels (N, 3, 64, 64)."""
+    parts = []
+    for part in pixels.split(batch):
+        posterior = model.encode(to_float(part)).latent_dist
+        parts.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half())
+    return torch.cat(parts)
+
+
+def sample(moments: Tensor, g: torch.Generator) -> Tensor:
+    """(B, C, 8, 8) latents drawn from moments, before scaling."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=g)
+
+
 @torch.no_grad()
 def reconstruct(model: AutoencoderKL, pixels: Tensor, batch: int = 100) -> Tensor:
     """Decode the posterior means of float pixels (N, 3, H, W), clipped to [-1, 1]."""

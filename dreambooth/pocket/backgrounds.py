@@ -20,7 +20,9 @@ def paint(image: Image.Image, context: str, rng: Random) -> None:
     _PAINTERS[context](ImageDraw.Draw(image), side, round(side * rng.uniform(0.5, 0.66)), rng)
 
 
-def _dots(pen: ImageDraw.ImageDraw, rng: Random, count: int, box: tuple[int, int, int, int], radius: float, fill) -> None:
+def _dots(
+    pen: ImageDraw.ImageDraw, rng: Random, count: int, box: tuple[int, int, int, int], radius: float, fill
+) -> None:
     for _ in range(count):
         x, y = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
@@ -78,7 +80,9 @@ def _city(pen: ImageDraw.ImageDraw, side: int, horizon: int, rng: Random) -> Non
     x = -rng.uniform(0, 0.12) * side
     while x < side:
         width, roof = rng.uniform(0.16, 0.24) * side, rng.uniform(0.06, 0.34) * side
-        pen.rectangle((x, roof, x + width, horizon), fill=rng.choice(((110, 112, 124), (140, 120, 116), (92, 104, 118))))
+        pen.rectangle(
+            (x, roof, x + width, horizon), fill=rng.choice(((110, 112, 124), (140, 120, 116), (92, 104, 118)))
+        )
         for row in range(int((horizon - roof) / (0.1 * side))):
             top = roof + 0.03 * side + row * 0.1 * side
             pen.rectangle((x + 0.03 * side, top, x + width - 0.03 * side, top + 0.04 * side), fill=(236, 222, 150))

@@ -8,9 +8,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.noise import generator, stratified
 from dreambooth.objective import Diffusion
-from dreambooth.pocket.autoencoder import CHANNELS
+from dreambooth.pocket.autoencoder import CHANNELS, sample
 from dreambooth.pocket.imagetext import WIDTH, tokenize
-from dreambooth.pocket.scenes import Scenes, to_float
+from dreambooth.pocket.scenes import Scenes
 from dreambooth.pocket.stage import Stage
 from dreambooth.weighting import min_snr
 
@@ -42,16 +42,6 @@ def scheduler() -> DDIMScheduler:
         steps_offset=1,
         prediction_type="v_prediction",
     )
-
-
-@torch.no_grad()
-def moments_of(vae: AutoencoderKL, pixels: Tensor, batch: int = 200) -> Tensor:
-    """(N, 2C, 8, 8) float16 means and log-variances of uint8 pixels."""
-    parts = []
-    for part in pixels.split(batch):
-        posterior = vae.encode(to_float(part)).latent_dist
-        parts.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half())
-    return torch.cat(parts)
 
 
 def scaling_factor(moments: Tensor) -> float:
@@ -92,11 +82,10 @@ class DenoiserStage(Stage):
 
     def loss(self, g: torch.Generator) -> Tensor:
         index = torch.randint(len(self.moments), (self.batch,), generator=g)
-        mean, logvar = self.moments[index].float().chunk(2, dim=1)
-        latents = self.scale * (mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=g))
+        latents = self.scale * sample(self.moments[index], g)
         text = self.captions[torch.randint(len(self.captions), (self.batch,), generator=g), index]
         text[torch.rand(self.batch, generator=g) < 0.1] = 0
-        noise = torch.randn(mean.shape, generator=g)
+        noise = torch.randn(latents.shape, generator=g)
         t = self.objective.sample_t(stratified(self.batch, self.seed, self.global_step, "timestep"))
         noisy = self.objective.add_noise(latents, noise, t)
         noisy, t, cond = noisy.to(self.device), t.to(self.device), self.embeddings[text].to(self.device)
@@ -107,7 +96,9 @@ class DenoiserStage(Stage):
         self.average.update_parameters(self.model)
 
 
-def pipeline(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+def pipeline(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
     """The parts as a Stable Diffusion pipeline."""
     return StableDiffusionPipeline(
         vae=vae,
@@ -122,13 +113,20 @@ def pipeline(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTok
 
 
 @torch.no_grad()
-def draw_prompts(pipe: StableDiffusionPipeline, prompts: list[str], seed: int | str, steps: int = 25, guidance: float = 5.0, batch: int = 54) -> Tensor:
-    """One picture a prompt, float pixels (N, 3, 64, 64) in [-1, 1]; noise is a function of (seed, place in the list)."""
+def draw_prompts(
+    pipe: StableDiffusionPipeline,
+    prompts: list[str],
+    seed: int | str,
+    steps: int = 25,
+    guidance: float = 5.0,
+    batch: int = 54,
+) -> Tensor:
+    """One picture a prompt, float pixels (N, 3, 64, 64) in [-1, 1], whose noise follows from (seed, place in the list)."""
     pipe.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [generator(seed, start + i, "draw") for i in range(len(part))]
-        parts.append(pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt").images)
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        parts.append(pipe(part, generator=generators, **options).images)
     return torch.cat(parts) * 2 - 1
-

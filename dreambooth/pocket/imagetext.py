@@ -16,38 +16,56 @@ WIDTH, HEADS, LAYERS, WINDOW = 128, 4, 3, 32
 
 
 def build(vocabulary: int) -> open_clip.CLIP:
-    """Two towers of width 128: 8x8 patches of 64x64 pixels in [-1, 1], and 32 tokens."""
-    vision = CLIPVisionCfg(layers=4, width=WIDTH, head_width=WIDTH // HEADS, patch_size=8, image_size=64)
+    """Two towers of width 128: 8x8 patches of 64x64 pixels in [-1, 1], and 32 tokens.
+
+    In training the image tower sees a random half of the patches, at half the cost (arXiv 2212.00794).
+    """
+    vision = CLIPVisionCfg(
+        layers=4, width=WIDTH, head_width=WIDTH // HEADS, patch_size=8, image_size=64, patch_dropout=0.5
+    )
     text = CLIPTextCfg(context_length=WINDOW, vocab_size=vocabulary, width=WIDTH, heads=HEADS, layers=LAYERS)
     return open_clip.CLIP(embed_dim=WIDTH, vision_cfg=vision, text_cfg=text)
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """(B, 32) token ids, padded and cut as Stable Diffusion's pipeline does."""
-    return tokenizer(list(texts), padding="max_length", max_length=WINDOW, truncation=True, return_tensors="pt").input_ids
+    options = {"padding": "max_length", "max_length": WINDOW, "truncation": True, "return_tensors": "pt"}
+    return tokenizer(list(texts), **options).input_ids
 
 
 class ImageTextStage(Stage):
     """CLIP's loss; pictures that share a caption in a batch are each other's positives too."""
 
-    def __init__(self, scenes: Scenes, tokenizer: CLIPTokenizer, steps: int, seed: int, lr: float = 1e-3, batch: int = 128):
+    def __init__(
+        self, scenes: Scenes, tokenizer: CLIPTokenizer, steps: int, seed: int, lr: float = 1e-3, batch: int = 128
+    ):
         super().__init__("imagetext", steps, lr, seed)
         self.model = build(len(tokenizer))
         self.scenes, self.batch = scenes, batch
         captions = [scenes.captions(variant) for variant in range(4)]
         self.numbers = {text: i for i, text in enumerate(sorted({c for row in captions for c in row}))}
         self.captions = torch.tensor([[self.numbers[c] for c in row] for row in captions])
-        self.tokens = tokenize(tokenizer, list(self.numbers))
+        tokens = tokenize(tokenizer, list(self.numbers))
+        self.longest = int(tokens.argmax(1).max()) + 1  # the end token has the highest id; behind it is padding
+        self.tokens = tokens
 
     def loss(self, g: torch.Generator) -> Tensor:
         index = torch.randint(len(self.scenes), (self.batch,), generator=g)
         text = self.captions[torch.randint(len(self.captions), (self.batch,), generator=g), index]
         image = self.model.encode_image(to_float(self.scenes.pixels[index]).to(self.device), normalize=True)
-        words = self.model.encode_text(self.tokens[text].to(self.device), normalize=True)
+        words = self._encode_text(self.tokens[text, : self.longest].to(self.device))
         logits = self.model.logit_scale.exp().clamp(max=100) * image @ words.T
         same = (text[:, None] == text).to(logits)
         target = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def _encode_text(self, tokens: Tensor) -> Tensor:
+        """As ``encode_text`` does, without the padding: attention is causal, so the end token never sees it."""
+        model, length = self.model, tokens.shape[1]
+        hidden = model.token_embedding(tokens) + model.positional_embedding[:length]
+        hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:length, :length]))
+        ends = hidden[torch.arange(len(tokens)), tokens.argmax(1)]
+        return F.normalize(ends @ model.text_projection, dim=-1)
 
 
 @torch.no_grad()
@@ -87,7 +105,13 @@ def text_encoder(model: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextMod
         "final_layer_norm.weight": source["ln_final.weight"],
         "final_layer_norm.bias": source["ln_final.bias"],
     }
-    names = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    names = {
+        "attn.out_proj": "self_attn.out_proj",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
     for layer in range(LAYERS):
         ours, theirs = f"encoder.layers.{layer}", f"transformer.resblocks.{layer}"
         for kind in ("weight", "bias"):

@@ -75,14 +75,17 @@ def judge_gate(world: _World):
     return model
 
 
-def autoencoder_gate(world: _World, referee) -> AutoencoderKL:
-    """The autoencoder: PSNR on held-out scenes, and what the judge sees in its reconstructions."""
-    model = world.fitted(lambda: autoencoder.AutoencoderStage(world.train, world.steps.autoencoder, world.seed)).model
+def autoencoder_gate(world: _World, referee) -> tuple[AutoencoderKL, Tensor]:
+    """The autoencoder and the training scenes' moments: PSNR on held-out scenes, what the judge sees in them."""
+    steps = world.steps
+    model = world.fitted(lambda: autoencoder.AutoencoderStage(world.train, steps.autoencoder, world.seed)).model
+    moments = autoencoder.moments_of(model, world.train.pixels)
+    world.fitted(lambda: autoencoder.DecoderStage(model, world.train, moments, steps.decoder, world.seed))
     real = to_float(world.held_out.pixels)
     copies = autoencoder.reconstruct(model, real)
     shares = judge.shares(judge.verdicts(referee, copies), world.held_out.labels)
     world.report(psnr_db=autoencoder.psnr(real, copies), **{f"reconstructed_{k}": v for k, v in shares.items()})
-    return model
+    return model, moments
 
 
 def imagetext_gate(world: _World, tokenizer):
@@ -117,9 +120,8 @@ def _subject_triplets(model) -> float:
     return torch.stack(right).mean().item()
 
 
-def denoiser_gate(world: _World, vae: AutoencoderKL, text_encoder, tokenizer):
-    """The denoiser as a pipeline, in the weights that ship."""
-    moments = denoiser.moments_of(vae, world.train.pixels)
+def denoiser_gate(world: _World, vae: AutoencoderKL, moments: Tensor, text_encoder, tokenizer):
+    """The whole pipeline, with the average of the denoiser's weights."""
     scale = denoiser.scaling_factor(moments)
     vae.register_to_config(scaling_factor=scale)
     stage = world.fitted(
@@ -168,15 +170,17 @@ def pretrain(cfg: DictConfig) -> Path:
     world = _World(settings, settings.seed)
     tokenizer = words.build()
     referee = judge_gate(world)
-    vae = autoencoder_gate(world, referee)
+    vae, moments = autoencoder_gate(world, referee)
     clip = imagetext_gate(world, tokenizer)
     vit = eye_gate(world)
-    pipe = denoiser_gate(world, vae, imagetext.text_encoder(clip, tokenizer), tokenizer)
+    pipe = denoiser_gate(world, vae, moments, imagetext.text_encoder(clip, tokenizer), tokenizer)
     shares, _ = obeys(pipe, referee)
     world.report(**{f"base_{name}": value for name, value in shares.items()})
     missed = [name for name, gate in GATES.items() if world.figures[name] < gate]
     if missed and not settings.ship_anyway:
-        raise UserError(f"gates not reached: {', '.join(missed)}; raise pretrain.steps, or set pretrain.ship_anyway=true")
+        raise UserError(
+            f"gates not reached: {', '.join(missed)}; raise pretrain.steps or set pretrain.ship_anyway=true"
+        )
     out_path = Path(settings.out_path).expanduser()
     _ship(world, pipe, {"imagetext": clip, "eye": vit, "judge": referee}, out_path, "dreambooth task=pretrain")
     ready.write(out_path.parent / "subjects")

@@ -30,7 +30,10 @@ class Stage(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(
-            [p for p in self.parameters() if p.requires_grad], lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98)
+            [p for p in self.parameters() if p.requires_grad],
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            betas=(0.9, 0.98),
         )
 
         def factor(step: int) -> float:
@@ -42,7 +45,9 @@ class Stage(pl.LightningModule):
 
 def fit(stage: Stage, folder: Path, every_n_train_steps: int = 250) -> None:
     """Train ``stage`` to its last step, going on from the newest checkpoint in ``folder``."""
-    checkpoints = ModelCheckpoint(folder, filename=stage.name, every_n_train_steps=every_n_train_steps, enable_version_counter=False)
+    checkpoints = ModelCheckpoint(
+        folder, filename=stage.name, every_n_train_steps=every_n_train_steps, enable_version_counter=False
+    )
     last = folder / f"{stage.name}.ckpt"
     trainer = pl.Trainer(
         max_steps=stage.steps,
@@ -54,4 +59,9 @@ def fit(stage: Stage, folder: Path, every_n_train_steps: int = 250) -> None:
         gradient_clip_val=1.0,
         use_distributed_sampler=False,
     )
-    trainer.fit(stage, DataLoader(range(stage.steps), batch_size=None), ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer.fit(
+        stage,
+        DataLoader(range(stage.steps), batch_size=None),
+        ckpt_path=last if last.exists() else None,
+        weights_only=True,
+    )

@@ -44,7 +44,9 @@ def build() -> CLIPTokenizer:
     trained.normalizer = normalizers.Lowercase()
     trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), ByteLevel(add_prefix_space=False)])
     trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
-    trained.train_from_iterator([" ".join([*RARE, *FILLERS, *heads, *places, *CLASSES, *COLOURS])] * 3 + [" ".join(words)], trainer)
+    trained.train_from_iterator(
+        [" ".join([*RARE, *FILLERS, *heads, *places, *CLASSES, *COLOURS])] * 3 + [" ".join(words)], trainer
+    )
     alphabet = sorted(ByteLevel.alphabet())
     symbols = [*alphabet, *(symbol + "</w>" for symbol in alphabet)]
     merges = _merges(trained)[: ENTRIES - len(symbols) - 2]

@@ -34,7 +34,16 @@ COLOURS: dict[str, RGB] = {
 MARKS = ("spots", "stripes", "halves")
 GARMENTS = ("scarf", "hat")
 CAPTION_HEADS = ("a photo of a", "a picture of a", "a drawing of a", "a")
-FILLERS = ("zup", "qio", "vex", "jax", "kuv", "wob", "fyx", "nyz")  # words without a meaning, so that one can be ignored
+FILLERS = (
+    "zup",
+    "qio",
+    "vex",
+    "jax",
+    "kuv",
+    "wob",
+    "fyx",
+    "nyz",
+)  # words without a meaning, so that one can be ignored
 
 
 @dataclass(frozen=True)
@@ -186,7 +195,9 @@ def _coat(size: tuple[int, int], figure: Figure, pose: _Pose) -> Image.Image:
         for row in range(5):
             for column in range(5):
                 x = -0.9 + 0.45 * column + rng.uniform(-0.1, 0.1) + 0.2 * (row % 2)
-                pen.ellipse(pose.box(x, -0.8 + 0.4 * row + rng.uniform(-0.06, 0.06), 0.12, 0.12), fill=figure.marks_colour)
+                pen.ellipse(
+                    pose.box(x, -0.8 + 0.4 * row + rng.uniform(-0.06, 0.06), 0.12, 0.12), fill=figure.marks_colour
+                )
     elif figure.marks == "stripes":
         for column in range(6):
             x = -1.0 + 0.4 * column
@@ -200,7 +211,14 @@ def _dress(pen: ImageDraw.ImageDraw, figure: Figure, outline: Outline, pose: _Po
     first, second = figure.garment_colours
     if figure.garment == "scarf":
         x, y, half = outline.neck
-        _primitive(pen, pose, "poly", (x - half, y - 0.13, x + half, y - 0.13, x + half, y + 0.13, x - half, y + 0.13), DARK, OUTLINE)
+        _primitive(
+            pen,
+            pose,
+            "poly",
+            (x - half, y - 0.13, x + half, y - 0.13, x + half, y + 0.13, x - half, y + 0.13),
+            DARK,
+            OUTLINE,
+        )
         step = half / 2
         for stripe in range(4):
             left = x - half + stripe * step
