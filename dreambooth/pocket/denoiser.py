@@ -121,7 +121,7 @@ def draw_prompts(
     guidance: float = 5.0,
     batch: int = 54,
 ) -> Tensor:
-    """One picture a prompt, float pixels (N, 3, 64, 64) in [-1, 1], whose noise follows from (seed, place in the list)."""
+    """One picture a prompt: float pixels (N, 3, 64, 64) in [-1, 1]; noise follows from (seed, place in the list)."""
     pipe.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(prompts), batch):
