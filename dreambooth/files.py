@@ -5,33 +5,22 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from dreambooth.errors import UserError
 
 WRITE_ERRORS = ("No space left", "inline_container", "iostream error")
 log = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = {
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".jp2",
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".tif",
-    ".tiff",
-    ".webp",
-}
+PICTURE_SUFFIXES = set(".avif .bmp .gif .heic .heif .jp2 .jpeg .jpg .png .tif .tiff .webp".split())
 
 
 def list_pictures(folder: Path, key: str, known: Collection[str] = ()) -> list[Path]:
@@ -145,6 +134,15 @@ def sweep(folder: Path) -> None:
                 path.unlink(missing_ok=True)
         except (PermissionError, ValueError):
             continue
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, the same on every machine."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def content_key(*parts: object) -> str:

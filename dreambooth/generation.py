@@ -18,7 +18,7 @@ from dreambooth.families.base import Family
 from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
 from dreambooth.run_folder import is_rank_zero, numbered
-from dreambooth.sampling import check_sampler, draw, picture_seed
+from dreambooth.sampling import draw, picture_seed
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,9 @@ def generate(cfg: DictConfig) -> list[Path]:
     ``infer.out_path`` is refused, and the default, ``generated`` in the run folder, is numbered on (``generated-2``).
     grid.png shows the first 50 prompts.
 
-    Raises UserError for an unknown or unfinished model, no prompt, or a sampler that cannot draw.
+    Raises UserError for an unknown or unfinished model, or no prompt.
     """
     infer = cfg.infer
-    check_sampler(infer, "infer")
     prompts = read_prompts(infer.prompts)
     source, resolution = find_model(str(infer.model))
     if not is_rank_zero():

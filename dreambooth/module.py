@@ -24,8 +24,6 @@ def prior_loss(per_example: Tensor, is_prior: Tensor, weight: float) -> tuple[Te
     ``per_example`` (B,) and ``is_prior`` (B,) boolean, the two roles in any number and order.
     Source: DreamBooth, arXiv 2208.12242, section 3.2, equation 2 (there the weight is called lambda).
     """
-    if per_example.shape != is_prior.shape or per_example.dim() != 1 or is_prior.dtype != torch.bool:
-        raise ValueError(f"losses {per_example.shape} and boolean roles {is_prior.shape} must both be (B,)")
     # Masks and not indexing: an index whose length depends on the data makes a GPU wait.
     instance, prior = (
         torch.where(role, per_example, 0.0).sum() / role.sum().clamp(min=1) for role in (~is_prior, is_prior)

@@ -32,47 +32,41 @@ CHOICES = {
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
     ),
     "model.data.sampler.sampler_type": SAMPLERS,
+    "callbacks.sample_grid.sampler_type": SAMPLERS,
     "infer.sampler_type": SAMPLERS,
 }  # fmt: skip
-Rule = tuple[Callable[[Any], bool], str]
-AT_LEAST_0: Rule = (lambda value: value >= 0, "at least 0")
-AT_LEAST_1: Rule = (lambda value: value >= 1, "at least 1")
-OPEN_OR_1: Rule = (lambda value: value >= 1 or value == -1, "at least 1, or -1 where the other one decides")
-ABOVE_0: Rule = (lambda value: value > 0, "above 0")
-RANGES: dict[str, Rule] = {
-    "trainer.max_steps": OPEN_OR_1,
-    "trainer.max_epochs": OPEN_OR_1,
-    "trainer.num_nodes": AT_LEAST_1,
-    "trainer.accumulate_grad_batches": AT_LEAST_1,
-    "trainer.log_every_n_steps": AT_LEAST_1,
-    "trainer.gradient_clip_val": ABOVE_0,
-    "seed": AT_LEAST_0,
-    "model.micro_batch_size": AT_LEAST_1,
-    "model.prior_loss_weight": AT_LEAST_0,
-    "model.noise_offset": AT_LEAST_0,
-    "model.ema.decay": (lambda value: 0 < value < 1, "between 0 and 1"),
-    "model.sched.warmup_steps": AT_LEAST_0,
-    "model.weighting.gamma": ABOVE_0,
-    "model.optim.lr": ABOVE_0,
-    "model.optim.betas": (lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two below 1"),
-    "model.optim.weight_decay": AT_LEAST_0,
-    "model.optim.eps": ABOVE_0,
-    "model.data.num_reg_images": AT_LEAST_0,
-    "model.data.num_images_per_prompt": AT_LEAST_1,
-    "model.data.resolution": AT_LEAST_1,
-    "model.data.cached_variants": AT_LEAST_1,
-    "model.data.train_data_repeats": AT_LEAST_1,
-    "model.data.num_workers": AT_LEAST_0,
-    "model.data.sampler.inference_steps": AT_LEAST_1,
-    "callbacks.nan_guard.patience": AT_LEAST_1,
-    "callbacks.checkpoint.every_n_train_steps": AT_LEAST_1,
-    "callbacks.sample_grid.every_n_train_steps": AT_LEAST_1,
-    "callbacks.sample_grid.num_images_per_prompt": AT_LEAST_1,
-    "callbacks.sample_grid.inference_steps": AT_LEAST_1,
-    "infer.num_images_per_prompt": AT_LEAST_1,
-    "infer.inference_steps": AT_LEAST_1,
-    "infer.seed": AT_LEAST_0,
-}
+RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of which keys
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        """seed infer.seed callbacks.sample_grid.seed model.prior_loss_weight model.noise_offset
+        model.sched.warmup_steps model.optim.weight_decay model.data.num_reg_images model.data.num_workers
+        model.data.sampler.unconditional_guidance_scale callbacks.sample_grid.unconditional_guidance_scale
+        infer.unconditional_guidance_scale""",
+    ),
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        """trainer.num_nodes trainer.accumulate_grad_batches trainer.log_every_n_steps model.micro_batch_size
+        model.data.num_images_per_prompt model.data.resolution model.data.cached_variants model.data.train_data_repeats
+        callbacks.nan_guard.patience callbacks.checkpoint.every_n_train_steps callbacks.sample_grid.every_n_train_steps
+        callbacks.sample_grid.num_images_per_prompt callbacks.sample_grid.resolution infer.num_images_per_prompt""",
+    ),
+    ("at least 1, or -1 for no end", lambda value: value >= 1 or value == -1, "trainer.max_steps trainer.max_epochs"),
+    ("at least 1, or -1 to keep all", lambda value: value >= 1 or value == -1, "callbacks.checkpoint.save_last_k"),
+    (
+        "1 to 1000",
+        lambda value: 1 <= value <= 1000,
+        "model.data.sampler.inference_steps callbacks.sample_grid.inference_steps infer.inference_steps",
+    ),
+    (
+        "above 0",
+        lambda value: value > 0,
+        "trainer.gradient_clip_val model.weighting.gamma model.optim.lr model.optim.eps",
+    ),
+    ("between 0 and 1", lambda value: 0 < value < 1, "model.ema.decay"),
+    ("two below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "model.optim.betas"),
+]
 
 
 def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -> None:
@@ -85,9 +79,12 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
     for key, options in CHOICES.items():
         if key in values and values[key] not in options:
             raise UserError(f"{key}={values[key]}: there is no such choice{nearest(str(values[key]), options)}")
-    for key, (allowed, what) in RANGES.items():
-        if values.get(key) is not None and not allowed(values[key]):
-            raise UserError(f"{key}={values[key]}: must be {what}")
+    for what, allowed, keys in RANGES:
+        for key in keys.split():
+            if values.get(key) is not None and not allowed(values[key]):
+                raise UserError(f"{key}={values[key]}: must be {what}")
+    if values["model.with_prior_preservation"] and values["model.data.num_reg_images"] == 0:
+        raise UserError("model.data.num_reg_images=0: type at least 1, or model.with_prior_preservation=false")
     _check_prompts(values)
     if values["task"] in ("train", "prepare"):
         for key, value in values.items():

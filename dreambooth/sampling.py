@@ -1,7 +1,7 @@
 """Pictures from a diffusers pipeline: fixed batch shapes, a generator for each picture, and no trace left behind."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from dreambooth.errors import UserError
 from dreambooth.noise import seed_of
 
-SAMPLERS = {
+SAMPLERS: dict[str, Any] = {
     "DDIM": diffusers.DDIMScheduler,
     "PLMS": diffusers.PNDMScheduler,
     "DPM": diffusers.DPMSolverMultistepScheduler,
@@ -25,31 +25,11 @@ SAMPLERS = {
 UNSAID = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True}
 
 
-def check_sampler(settings: Mapping[str, Any], key: str) -> None:
-    """Raise UserError, which names the key below ``key``, unless these settings can draw.
-
-    They are ``sampler_type``, ``inference_steps`` and ``unconditional_guidance_scale``, as in ``model.data.sampler``.
-    """
-    sampler_class(settings["sampler_type"], f"{key}.sampler_type")
-    steps, guidance = settings["inference_steps"], settings["unconditional_guidance_scale"]
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
-        raise UserError(f"{key}.inference_steps={steps} is no number of steps; type 1 to 1000, for example 50")
-    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or guidance < 0:
-        raise UserError(f"{key}.unconditional_guidance_scale={guidance} is no scale; type for example 7.5")
-
-
-def sampler_class(sampler_type: str, key: str = "sampler_type") -> type:
-    """The diffusers scheduler that a sampler's name stands for."""
-    if sampler_type not in SAMPLERS:
-        raise UserError(f"{key}={sampler_type} is unknown; type one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[sampler_type]
-
-
 def scheduler_for(own: Any, sampler_type: str) -> Any:
     """A new scheduler of the named type with the noise levels and prediction type of the pipeline's ``own``."""
     unsaid = own.config.get("_use_default_values", [])
     said = {name: value for name, value in own.config.items() if name not in unsaid}
-    return sampler_class(sampler_type).from_config({**UNSAID, **said})  # type: ignore[attr-defined]
+    return SAMPLERS[sampler_type].from_config({**UNSAID, **said})
 
 
 def draw(
@@ -60,7 +40,7 @@ def draw(
     steps: int,
     guidance: float,
     sampler_type: str,
-    negative_prompt: str | None,
+    negative_prompt: str | None = None,
     resolution: int,
 ) -> list[Image.Image]:
     """One batch of len(prompts) pictures, picture i a function of prompts[i], seeds[i] and the length of the batch.

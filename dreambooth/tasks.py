@@ -44,6 +44,7 @@ def train(cfg: DictConfig) -> RunResult:
     quieten()
     by_epochs = counts_epochs(cfg)
     family, data = prepare_data(cfg)
+    module = make_module(cfg, family)
     run = open_run(cfg, Path(cfg.run_dir))
     if run.summary is not None:
         return RunResult(run.folder, run.summary)
@@ -51,9 +52,7 @@ def train(cfg: DictConfig) -> RunResult:
     trainer = make_trainer(cfg, run.folder, callbacks, max_steps=-1 if by_epochs else cfg.trainer.max_steps)
     if by_epochs:
         per_step = cfg.model.micro_batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        pictures = data.num_instance * cfg.model.data.train_data_repeats
-        trainer.fit_loop.epoch_loop.max_steps = math.ceil(cfg.trainer.max_epochs * pictures / per_step)
-    module = make_module(cfg, family)
+        trainer.fit_loop.epoch_loop.max_steps = math.ceil(cfg.trainer.max_epochs * data.epoch_size / per_step)
     fit(trainer, module, data, newest(run.folder / FOLDER, module.base))
     trainer.strategy.barrier()  # the first rank writes the summary
     path = run.folder / "summary.json"
@@ -72,8 +71,7 @@ def prepare_data(cfg: DictConfig) -> tuple[Family, DreamBoothDataModule]:
     """The untouched networks and the checked data; nothing is drawn, encoded or written yet."""
     model = cfg.model
     family = build(model.family)
-    shared = ["use_cached_latents", "with_prior_preservation", "train_text_encoder"]
-    shared += ["micro_batch_size", "restore_from_path"]
+    shared = "micro_batch_size restore_from_path train_text_encoder use_cached_latents with_prior_preservation".split()
     data = DreamBoothDataModule(family, **model.data, **{key: model[key] for key in shared}, seed=cfg.seed)
     data.check()
     return family, data

@@ -13,6 +13,7 @@ from dreambooth.callbacks.checkpoint import AtomicCheckpointIO
 from dreambooth.data.pairs import Role, Stream
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.module import DreamBoothModule
+from dreambooth.objective import Diffusion
 from dreambooth.tasks import quieten
 
 CONSTANT = {"name": "constant", "warmup_steps": 0, "num_cycles": 1, "power": 1.0}
@@ -64,7 +65,7 @@ def module_of(folder: Path, *, text: bool = False, optim: Any = None, weighting:
     learned = tuning.full(family, train_text_encoder=text)
     optim = optim or partial(torch.optim.AdamW, lr=1e-3)
     options = {"sched": CONSTANT, "seed": 1, **options}
-    return DreamBoothModule(family, learned, family.objective, weighting, optim, **options)
+    return DreamBoothModule(family, learned, Diffusion.from_scheduler(family.scheduler), weighting, optim, **options)
 
 
 def run(

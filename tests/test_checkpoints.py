@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from dreambooth.families.sd import StableDiffusion
+from dreambooth.objective import Diffusion
 from dreambooth.tuning import full
 from tests.published import FIXTURES, build_published
 
@@ -47,12 +48,13 @@ def one_step(family: StableDiffusion) -> tuple[float, float]:
     g = torch.Generator().manual_seed(0)
     moments = family.encode_pictures(torch.rand(2, 3, 64, 64, generator=g) * 2 - 1)
     noise = torch.randn(2, 4, 8, 8, generator=g)
+    objective = Diffusion.from_scheduler(family.scheduler)
     x0, t = family.latents(moments, noise), torch.tensor([100, 800])
     cond = family.encode_prompts(["a photo of a sks dog", "a photo of a dog"])
 
     def loss() -> torch.Tensor:
-        pred = family.denoise(family.objective.add_noise(x0, noise, t), t, cond)
-        return family.objective.loss(pred, x0, noise, t).mean()
+        pred = family.denoise(objective.add_noise(x0, noise, t), t, cond)
+        return objective.loss(pred, x0, noise, t).mean()
 
     before = loss()
     before.backward()
@@ -84,7 +86,7 @@ def test_published_layouts_train_and_export(tmp_path):
     for name, (fixture, variant, checked, dtype) in CASES.items():
         base = base_of(tmp_path / f"{name}_base", fixture, variant, checked)
         family = StableDiffusion(str(base))
-        assert family.objective.prediction_type == ("v_prediction" if fixture == "sd21" else "epsilon")
+        assert family.scheduler.config.prediction_type == ("v_prediction" if fixture == "sd21" else "epsilon")
         assert family.tokenizer.pad_token == ("!" if fixture in ("sd20", "sd21") else "<|endoftext|>")
         before = {key: value.clone() for key, value in family.unet.state_dict().items()}
         first, second = one_step(family)

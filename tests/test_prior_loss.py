@@ -1,6 +1,5 @@
 """The loss of DreamBooth as algebra."""
 
-import pytest
 import torch
 
 from dreambooth.module import prior_loss
@@ -26,12 +25,3 @@ def test_weight_zero_equals_no_prior_at_all() -> None:
     loss, instance, prior = prior_loss(per_example, is_prior, 0.0)
     assert (loss, instance, prior) == (1.5, 1.5, 40.0)
     assert prior_loss(per_example[:2], is_prior[:2], 1.0) == (1.5, 1.5, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("losses", "roles"),
-    [((4,), torch.zeros(2, dtype=torch.bool)), ((2, 2), torch.zeros(2, 2, dtype=torch.bool)), ((2,), torch.zeros(2))],
-)
-def test_shapes_are_asserted(losses: tuple[int, ...], roles: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"must both be \(B,\)"):
-        prior_loss(torch.zeros(losses), roles, 1.0)

@@ -89,6 +89,18 @@ def test_prepare_then_epochs(settings: list[str], tmp_path: Path) -> None:
         train(compose([*settings, run, "trainer.max_epochs=2"]))
 
 
+def test_a_model_of_another_kind_is_refused_before_anything_is_written(
+    settings: list[str], tiny_sd: Path, tmp_path: Path
+) -> None:
+    flow = shutil.copytree(tiny_sd, tmp_path / "flow")
+    scheduler = flow / "scheduler/scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("epsilon", "flow_prediction"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"'flow_prediction'.*epsilon, v_prediction, sample"):
+        train(compose([*settings, f"model.from_pretrained={flow}", f"hydra.run.dir={tmp_path / 'run'}"]))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(settings: list[str], tmp_path: Path) -> None:
     """kill -9 twice, Ctrl-C, SIGTERM: the weights are those of a run that nobody disturbed."""

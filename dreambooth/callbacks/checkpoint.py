@@ -36,11 +36,6 @@ class Checkpoint(pl.callbacks.Checkpoint):
     """
 
     def __init__(self, every_n_train_steps: int = 100, save_last_k: int = 1) -> None:
-        if every_n_train_steps < 1 or save_last_k == 0 or save_last_k < -1:
-            raise UserError(
-                f"callbacks.checkpoint: every_n_train_steps={every_n_train_steps} must be 1 or more and "
-                f"save_last_k={save_last_k} 1 or more (-1 keeps all); callbacks.checkpoint=null saves none"
-            )
         self.every_n_train_steps, self.save_last_k = every_n_train_steps, save_last_k
         self.saved: int | None = None
 

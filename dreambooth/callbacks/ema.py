@@ -6,8 +6,6 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from dreambooth.errors import UserError
-
 
 class Ema(pl.Callback):
     """Keeps the average ``a ← d·a + (1 - d)·w`` of what learns after every step; ``decay`` null keeps none.
@@ -18,8 +16,6 @@ class Ema(pl.Callback):
     """
 
     def __init__(self, decay: float | None = None) -> None:
-        if decay is not None and not 0 < decay < 1:
-            raise UserError(f"model.ema.decay={decay}: type a number between 0 and 1, such as 0.999, or null for none")
         self.decay = decay
         self.step = 0
 

@@ -18,8 +18,6 @@ class NanGuard(pl.Callback):
     """
 
     def __init__(self, patience: int = 10) -> None:
-        if patience < 1:
-            raise UserError(f"callbacks.nan_guard.patience={patience}: type 1 or more, or callbacks.nan_guard=null")
         self.patience = patience
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

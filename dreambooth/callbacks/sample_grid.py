@@ -14,7 +14,7 @@ from dreambooth.data.progress import progress_bar
 from dreambooth.families.base import Family
 from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
-from dreambooth.sampling import check_sampler, draw, picture_seed
+from dreambooth.sampling import draw, picture_seed
 
 
 class SampleGrid(pl.Callback):
@@ -35,12 +35,6 @@ class SampleGrid(pl.Callback):
         sampler_type: str,
         resolution: int,
     ) -> None:
-        sampler = {
-            "inference_steps": inference_steps,
-            "unconditional_guidance_scale": unconditional_guidance_scale,
-            "sampler_type": sampler_type,
-        }
-        check_sampler(sampler, "callbacks.sample_grid")
         self.prompts, self.every, self.count = list(prompts), every_n_train_steps, num_images_per_prompt
         self.seed, self.steps, self.guidance = seed, inference_steps, unconditional_guidance_scale
         self.sampler_type, self.resolution = sampler_type, resolution
@@ -52,11 +46,9 @@ class SampleGrid(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: object) -> None:
         self._sample_if_due(trainer, pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    # Not on_train_end: Lightning skips it for a run that was killed after its last step and has nothing to train.
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._sample(trainer, pl_module)
-
-    # A run killed after its last step goes on with nothing to train, and Lightning skips on_train_end.
-    on_fit_end = on_train_end
 
     def _sample_if_due(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.global_step == 0 or (self.every and trainer.global_step % self.every == 0):
@@ -85,7 +77,6 @@ class SampleGrid(pl.Callback):
                     steps=self.steps,
                     guidance=self.guidance,
                     sampler_type=self.sampler_type,
-                    negative_prompt=None,
                     resolution=self.resolution,
                 )
                 rows.append(pictures)

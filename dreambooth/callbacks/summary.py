@@ -2,14 +2,15 @@
 
 import json
 import math
-import os
+import platform
 import resource
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytorch_lightning as pl
 import torch
 
@@ -20,7 +21,6 @@ from dreambooth.files import atomic
 
 LAST_STEPS = 20
 PACKAGES = ("torch", "pytorch-lightning", "diffusers", "transformers", "hydra-core")
-_IMPORTED = time.monotonic()
 
 
 class Summary(pl.Callback):
@@ -54,7 +54,12 @@ class Summary(pl.Callback):
     def _summary(self, trainer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:
         counts = dict(trainer.datamodule.counts)
         sampled = sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, SampleGrid))
-        seconds = {**counts.pop("seconds"), "train": self._train, "sample": sampled, "total": process_age()}
+        seconds = {
+            **counts.pop("seconds"),
+            "train": self._train,
+            "sample": sampled,
+            "total": time.time() - psutil.Process().create_time(),
+        }
         rows = read_rows(metrics_path(trainer), trainer.global_step)[-LAST_STEPS:]
         losses = {name: [float(row[name]) for row in rows if row[name]] for name in LOSSES}
         return {
@@ -65,7 +70,8 @@ class Summary(pl.Callback):
             "peak_memory_mb": round(peak_memory_mb(trainer.strategy.root_device)),
             **counts,
             "final": {name: _mean(values) for name, values in losses.items()},
-            "versions": versions(),
+            "versions": {"dreambooth": __version__, "python": platform.python_version()}
+            | {package: version(package) for package in PACKAGES},
             "seed": pl_module.seed,
         }
 
@@ -75,26 +81,6 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def process_age() -> float:
-    """Seconds since this process began; where the system does not tell (no /proc), since this module was imported."""
-    try:
-        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return float(Path("/proc/uptime").read_text().split()[0]) - began
-    except OSError:
-        return time.monotonic() - _IMPORTED
-
-
-def versions() -> dict[str, str]:
-    """Python's version and those of the installed packages that a result depends on."""
-    found = {"dreambooth": __version__, "python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _mean(values: list[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""What a user can have got wrong in ``model.data``, found before anything is drawn, encoded or written."""
+"""What a user can have got wrong about folders and sizes, found before anything is drawn, encoded or written."""
 
 import tempfile
 from pathlib import Path
@@ -6,28 +6,14 @@ from pathlib import Path
 from dreambooth.errors import UserError
 
 
-def whole_number(value: object, least: int, key: str) -> None:
-    """Raise UserError unless the value of ``key`` is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{key}={value} is not a whole number of at least {least}; type {key}={least} or more")
-
-
 def resolution(value: int, factor: int) -> None:
     """Raise UserError unless pictures of this side make whole latent cells of ``factor`` pixels."""
-    key = "model.data.resolution"
-    whole_number(value, factor, key)
     if value % factor:
-        below = value - value % factor
+        key, below = "model.data.resolution", value - value % factor
+        sizes = " or ".join(f"{key}={size}" for size in (below, below + factor) if size)
         raise UserError(
-            f"{key}={value} is not a multiple of {factor}, the pixels that a latent cell spans; "
-            f"type {key}={below} or {key}={below + factor}"
+            f"{key}={value} is not a multiple of {factor}, the pixels that a latent cell spans; type {sizes}"
         )
-
-
-def prompt(text: object, key: str) -> None:
-    """Raise UserError for an empty prompt."""
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{key} is empty; type for example {key}='a photo of a dog'")
 
 
 def apart(folder: Path, other: Path, key: str) -> None:

@@ -17,7 +17,6 @@ from dreambooth.data.views import View, draw_view
 from dreambooth.families.base import Family
 from dreambooth.files import list_pictures
 from dreambooth.noise import generator
-from dreambooth.sampling import check_sampler
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +62,10 @@ class DreamBoothDataModule(pl.LightningDataModule):
         super().__init__()
         self.family, self.restore_from_path, self.sampler, self.seed = family, restore_from_path, dict(sampler), seed
         self.prompts = {INSTANCE: instance_prompt, REGULARIZATION: regularization_prompt or ""}
-        self.folders = {INSTANCE: Path(instance_dir), REGULARIZATION: Path(regularization_dir or "")}
-        given = {INSTANCE: cached_instance_dir, REGULARIZATION: cached_reg_dir}
-        self.caches = {role: Path(given[role] or f"{folder}_cached") for role, folder in self.folders.items()}
+        folders = {INSTANCE: instance_dir, REGULARIZATION: regularization_dir or ""}
+        caches = {INSTANCE: cached_instance_dir, REGULARIZATION: cached_reg_dir}
+        self.folders = {role: Path(folder).expanduser() for role, folder in folders.items()}
+        self.caches = {role: Path(caches[role] or f"{folders[role]}_cached").expanduser() for role in folders}
         self.roles = (INSTANCE, REGULARIZATION) if with_prior_preservation else (INSTANCE,)
         self.num_reg_images, self.num_images_per_prompt = num_reg_images, num_images_per_prompt
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
@@ -76,20 +76,12 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.ready: list[Role] = []
 
     def check(self) -> None:
-        """Look for every mistake that can be seen without drawing or encoding; UserError names the first one."""
-        least = {"num_workers": 0, "cached_variants": 1, "train_data_repeats": 1, "num_images_per_prompt": 1}
-        least["num_reg_images"] = 1 if REGULARIZATION in self.roles else 0
-        for name, number in least.items():
-            checks.whole_number(getattr(self, name), number, f"model.data.{name}")
-        checks.whole_number(self.micro_batch_size, 1, "model.micro_batch_size")
+        """Look for every mistake in folders and sizes, without drawing or encoding; UserError names the first one."""
         checks.resolution(self.resolution, self.family.factor)
-        for role in self.roles:
-            checks.prompt(self.prompts[role], f"model.data.{role}_prompt")
         list_pictures(self.folders[INSTANCE], FOLDER_KEYS[INSTANCE])
         if REGULARIZATION in self.roles:
             checks.apart(self.folders[REGULARIZATION], self.folders[INSTANCE], regularization.KEY)
             checks.writable(self.folders[REGULARIZATION], regularization.KEY)
-            check_sampler(self.sampler, "model.data.sampler")
             regularization.inspect(self.folders[REGULARIZATION], self.settings())
         for role in self.roles if self.use_cached_latents else ():
             checks.writable(self.caches[role], CACHE_KEYS[role])
@@ -139,9 +131,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
         )
 
     @property
-    def num_instance(self) -> int:
-        """How many photos of the subject there are."""
-        return len(list_pictures(self.folders[INSTANCE], FOLDER_KEYS[INSTANCE]))
+    def epoch_size(self) -> int:
+        """How many photos an epoch counts: each one ``train_data_repeats`` times."""
+        return self.train_data_repeats * len(list_pictures(self.folders[INSTANCE], FOLDER_KEYS[INSTANCE]))
 
     @property
     def strategy(self) -> Strategy:
@@ -160,15 +152,15 @@ class DreamBoothDataModule(pl.LightningDataModule):
         }
 
     def settings(self) -> dict[str, Any]:
-        """What the regularization pictures depend on, for their manifest."""
-        return regularization.describe(
-            base=self.family.fingerprint() if self.draws_itself else str(self.restore_from_path),
-            prompt=self.prompts[REGULARIZATION],
-            sampler=self.sampler,
-            resolution=self.resolution,
-            seed=self.seed,
-            num_images_per_prompt=self.num_images_per_prompt,
-        )
+        """What the regularization pictures depend on, as their manifest holds it."""
+        return {
+            "base": self.family.fingerprint() if self.draws_itself else str(self.restore_from_path),
+            "prompt": self.prompts[REGULARIZATION],
+            **self.sampler,
+            "resolution": self.resolution,
+            "seed": self.seed,
+            "num_images_per_prompt": self.num_images_per_prompt,
+        }
 
     @property
     def draws_itself(self) -> bool:

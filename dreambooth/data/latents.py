@@ -4,7 +4,6 @@ A file is named by the hash of everything that changes its content and of nothin
 One that is cut short or belongs elsewhere is made again; none is ever guessed to be right.
 """
 
-import hashlib
 import io
 import logging
 from collections.abc import Callable
@@ -17,11 +16,11 @@ from torch import Tensor
 from dreambooth.data.progress import progress_bar
 from dreambooth.data.views import View
 from dreambooth.errors import UserError
-from dreambooth.files import atomic, content_key, sweep
+from dreambooth.files import atomic, content_key, hash_tensors, sweep
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 Entry = dict[str, Tensor]
 
 
@@ -44,7 +43,7 @@ class Item:
         try:
             stored = torch.load(self.path, map_location="cpu", weights_only=True)
             entry: Entry = stored["entry"]
-            return entry if stored["key"] == self.key and stored["checksum"] == checksum(entry) else None
+            return entry if stored["key"] == self.key and stored["checksum"] == hash_tensors(entry) else None
         except Exception:  # a damaged archive raises whatever its bytes happen to provoke
             return None
 
@@ -52,21 +51,12 @@ class Item:
         """Make the entry and store it; UserError when the folder cannot be written."""
         entry = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.make().items()}
         memory = io.BytesIO()
-        torch.save({"key": self.key, "checksum": checksum(entry), "entry": entry}, memory)
+        torch.save({"key": self.key, "checksum": hash_tensors(entry), "entry": entry}, memory)
         try:
             with atomic(self.path) as path:
                 path.write_bytes(memory.getvalue())
         except UserError as error:
             raise UserError(f"{error}: {self.config_key}=...") from error
-
-
-def checksum(entry: Entry) -> str:
-    """The hash of an entry's bytes: torch.load does not notice a flipped one."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(entry.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def moments_key(picture_hash: str, view: View, resolution: int, vae: str) -> str:

@@ -27,7 +27,6 @@ KEY = "model.data.regularization_dir"
 IDENTITY = {  # what two pictures of one set must share: the manifest's name, and the key that a user types
     "base": "model.from_pretrained or model.restore_from_path",
     "prompt": "model.data.regularization_prompt",
-    "negative_prompt": "model.data.sampler.negative_prompt",
     "sampler_type": "model.data.sampler.sampler_type",
     "inference_steps": "model.data.sampler.inference_steps",
     "unconditional_guidance_scale": "model.data.sampler.unconditional_guidance_scale",
@@ -38,21 +37,6 @@ IDENTITY = {  # what two pictures of one set must share: the manifest's name, an
 def slot_name(index: int) -> str:
     """The file name of a slot."""
     return f"{index:05d}.png"
-
-
-def describe(prompt: str, num_images_per_prompt: int, sampler: dict, seed: int, base: str, resolution: int) -> dict:
-    """What the manifest says of the set, except its slots."""
-    return {
-        "base": base,
-        "prompt": prompt,
-        "negative_prompt": sampler.get("negative_prompt") or "",
-        "sampler_type": sampler["sampler_type"],
-        "inference_steps": sampler["inference_steps"],
-        "unconditional_guidance_scale": float(sampler["unconditional_guidance_scale"]),
-        "resolution": resolution,
-        "seed": seed,
-        "num_images_per_prompt": num_images_per_prompt,
-    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -121,8 +105,8 @@ def fill(
 ) -> int:
     """Draw what ``folder`` lacks of ``num_images`` pictures; the number drawn by all ranks together.
 
-    ``settings`` come from ``describe``; ``pipeline_source`` is called only by a rank that draws. A set that was begun
-    with another seed goes on with its own.
+    ``settings`` are those of ``IDENTITY``, ``seed`` and ``num_images_per_prompt``; ``pipeline_source`` is called only
+    by a rank that draws. A set that was begun with another seed goes on with its own.
     """
     own, drawn, manifest = inspect(folder, settings)
     missing = plan(own, drawn, num_images)
@@ -167,7 +151,6 @@ def draw_chunks(
                 steps=settings["inference_steps"],
                 guidance=settings["unconditional_guidance_scale"],
                 sampler_type=settings["sampler_type"],
-                negative_prompt=settings["negative_prompt"],
                 resolution=settings["resolution"],
             )
             for index, picture in zip(slots, pictures, strict=True):

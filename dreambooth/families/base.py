@@ -2,7 +2,6 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from dreambooth.objective import Diffusion
+from dreambooth.files import hash_tensors
 
 
 class Family(ABC):
@@ -19,7 +18,6 @@ class Family(ABC):
     ``factor`` is the number of pixels a latent cell spans, ``source`` what ``model.from_pretrained`` named.
     """
 
-    objective: Diffusion
     scheduler: Any  # of diffusers, the checkpoint's own
     factor: int
     source: str
@@ -65,7 +63,7 @@ class Family(ABC):
         digest = hashlib.sha256()
         for name in sorted(names or self.networks):
             if name not in self._fingerprints:
-                self._fingerprints[name] = hash_of(self.networks[name])
+                self._fingerprints[name] = hash_tensors(self.networks[name].state_dict())
             digest.update(f"{name}={self._fingerprints[name]};".encode())
         return digest.hexdigest()[:16]
 
@@ -73,17 +71,3 @@ class Family(ABC):
         """Move the named networks (all by default) to ``device``."""
         for name in names or tuple(self.networks):
             self.networks[name].to(device)
-
-
-def hash_of(network: nn.Module) -> str:
-    """SHA-256 of a network's weights: names, dtypes, shapes and bytes, the same on every machine."""
-    digest = hashlib.sha256()
-    for piece in _pieces(network):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _pieces(network: nn.Module) -> Iterator[bytes | memoryview]:
-    for name, value in sorted(network.state_dict().items()):
-        yield f"{name} {value.dtype} {tuple(value.shape)}\n".encode()
-        yield memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -11,7 +11,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.families import folder as folders
 from dreambooth.families.base import Family
-from dreambooth.objective import Diffusion
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ class StableDiffusion(Family):
         variant: which weight files to prefer; a folder that holds only one kind needs no word about it.
 
     Raises:
-        UserError: no such folder, another kind of pipeline, pickled or damaged weights, an unknown prediction type.
+        UserError: no such folder, another kind of pipeline, pickled or damaged weights.
     """
 
     def __init__(self, from_pretrained: str, revision: str | None = None, variant: str | None = None):
@@ -40,7 +39,6 @@ class StableDiffusion(Family):
         super().__init__({"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder})
         self.tokenizer = folders.load_tokenizer(self.folder / "tokenizer", CLIPTokenizer)
         self.scheduler = folders.load_scheduler(self.folder)
-        self.objective = Diffusion.from_scheduler(self.scheduler)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.window = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         self._measured: set[str] = set()
