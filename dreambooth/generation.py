@@ -47,17 +47,16 @@ def generate(cfg: DictConfig) -> list[Path]:
     pictures = describe(cfg, prompts, family, resolution or family.networks["unet"].config.sample_size * family.factor)
     folder = choose_folder(cfg, pictures)
     paths = [folder / f"{number:05d}.png" for number in range(len(pictures))]
-    rows = [
-        slice(first, first + infer.num_images_per_prompt) for first in range(0, len(paths), infer.num_images_per_prompt)
-    ]
+    size = infer.num_images_per_prompt
+    rows = [slice(first, first + size) for first in range(0, len(paths), size)]
     new = sum(not path.exists() for path in paths)
     todo = [row for row in rows if not all(path.exists() for path in paths[row])]
     if todo:
         family.move(pick_device(cfg.trainer.accelerator))
-    with progress_bar(len(todo) * infer.num_images_per_prompt, "drawing pictures", "picture") as bar:
+    with progress_bar(len(todo) * size, "drawing pictures", "picture") as bar:
         for row in todo:
             draw_row(family, paths[row], pictures[row])
-            bar.update(infer.num_images_per_prompt)
+            bar.update(size)
     shown = rows[:GRID_ROWS]
     with atomic(folder / "grid.png") as temporary:
         sheet = labelled_grid([[Image.open(path) for path in paths[row]] for row in shown], prompts[: len(shown)])

@@ -46,6 +46,7 @@ IRRELEVANT = (
 )
 GOALS = ("trainer.max_steps", "trainer.max_epochs")  # may be raised in a folder that exists
 FOLDER_VARIABLE = "DREAMBOOTH_RUN_FOLDER"  # tells the processes that Lightning starts what rank 0 decided
+CONFIG = "config.yaml"
 MISSING = "(absent)"
 RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -93,7 +94,7 @@ def open_run(cfg: DictConfig, folder: Path) -> Run:
     """
     if FOLDER_VARIABLE in os.environ and not is_rank_zero():
         return Run(Path(os.environ[FOLDER_VARIABLE]))
-    if not cfg.get("resume", True):
+    if not cfg.resume:
         folder = next(candidate for candidate in numbered(folder) if not _begun(candidate))
     run = _claim(cfg, folder)
     if is_rank_zero():
@@ -102,7 +103,7 @@ def open_run(cfg: DictConfig, folder: Path) -> Run:
 
 
 def _claim(cfg: DictConfig, folder: Path) -> Run:
-    settings: DictConfig = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[assignment]
+    settings = OmegaConf.to_container(cfg, resolve=True)
     summary_path = folder / "summary.json"
     if not _begun(folder):
         _write_config(settings, folder)
@@ -149,34 +150,28 @@ def numbered(folder: Path) -> Iterator[Path]:
 
 def _begun(folder: Path) -> bool:
     """Whether a run left anything beside its config: one that ended in an error before training holds no folder."""
-    others = (path.name for path in folder.glob("[!.]*") if path.name != "config.yaml")
-    return _config_path(folder).exists() and any(others)
+    others = (path.name for path in folder.glob("[!.]*") if path.name != CONFIG)
+    return (folder / CONFIG).exists() and any(others)
 
 
-def _config_path(folder: Path) -> Path:
-    return folder / "config.yaml"
-
-
-def _read_config(folder: Path) -> DictConfig:
+def _read_config(folder: Path) -> Any:
     try:
-        config = OmegaConf.load(_config_path(folder))
+        return OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     except Exception as error:
-        raise UserError(f"{_config_path(folder)} cannot be read ({error}): type resume=false to begin afresh") from None
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{_config_path(folder)} is not a run's config: type hydra.run.dir=ANOTHER_FOLDER")
-    return config
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / CONFIG} cannot be read ({reason}): type resume=false to begin afresh") from None
 
 
-def _write_config(settings: DictConfig, folder: Path) -> None:
+def _write_config(settings: Any, folder: Path) -> None:
+    from dreambooth.files import atomic  # needs torch
+
     if not is_rank_zero():
         return
-    temporary = folder / f".config.yaml.{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(settings, temporary)
-        temporary.replace(_config_path(folder))
-    except OSError as error:
-        raise UserError(f"cannot write the run folder {folder} ({error.strerror}): set hydra.run.dir=DIR") from None
+        with atomic(folder / CONFIG) as temporary:
+            OmegaConf.save(OmegaConf.create(settings), temporary)
+    except UserError as error:
+        raise UserError(f"{error}: hydra.run.dir=DIR") from error
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -187,9 +182,9 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[1:]: node}
 
 
-def _changes(old: DictConfig, new: DictConfig) -> dict[str, tuple[Any, Any]]:
+def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """Settings that differ and count, as key → (old, new)."""
-    before, after = (_flatten(OmegaConf.to_container(config)) for config in (old, new))
+    before, after = _flatten(old), _flatten(new)
     pairs = {key: (before.get(key, MISSING), after.get(key, MISSING)) for key in {**before, **after}}
     return {
         k: (a, b) for k, (a, b) in pairs.items() if a != b and not (_irrelevant(f"{k}={a}") or _irrelevant(f"{k}={b}"))

@@ -22,7 +22,7 @@ from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.module import DreamBoothModule
-from dreambooth.run_folder import open_run
+from dreambooth.run_folder import is_rank_zero, open_run
 
 log = logging.getLogger(__name__)
 
@@ -128,10 +128,7 @@ def fit(trainer: pl.Trainer, module: DreamBoothModule, data: DreamBoothDataModul
             kept = newest(folder / FOLDER, module.base)
             place = f"step {int(kept.stem[5:])}" if kept else "the beginning"
             step, goal = trainer.global_step, trainer.max_steps
-            if trainer.is_global_zero:
-                log.warning(
-                    "stopped at step %d of %d in %s: the same command goes on from %s", step, goal, folder, place
-                )
+            log.warning("stopped at step %d of %d in %s: the same command goes on from %s", step, goal, folder, place)
             raise SystemExit(143 if end.code == 143 else 130) from None
 
 
@@ -164,7 +161,9 @@ def ended_by_sigterm(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def quieten() -> None:
-    """Keep what the libraries say to their own developers off the screen."""
+    """Keep what the libraries say to their own developers off the screen, and what the first rank says already."""
+    if not is_rank_zero():
+        logging.getLogger("dreambooth").setLevel(logging.ERROR)
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Cached latents need no loader processes; and Lightning 2.6 asks torch 2.9 and later in a way that torch dislikes.

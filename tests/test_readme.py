@@ -45,6 +45,13 @@ def test_every_key_and_card_of_the_tables_exists():
             node = node[part]
 
 
+def test_every_file_that_the_architecture_names_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.(?:py|yaml)|conf/[a-z/]+)`", page))
+    assert len(named) > 20
+    assert [name for name in named if not any((ROOT / top / name).exists() for top in ("", "dreambooth"))] == []
+
+
 def test_the_test_command_is_that_of_make_and_of_ci():
     assert "python -m pytest\n" in "".join(blocks("bash"))
     assert "\n\t$(BIN)/python -m pytest\n" in (ROOT / "Makefile").read_text()

@@ -202,9 +202,6 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def report(self) -> None:
         """Say in one line what was found and what was made."""
-        assert self.trainer is not None
-        if not self.trainer.is_global_zero:
-            return
         counts = self.counts
         latents = sum(len(variants) for role in self.ready for variants in role.moments or [])
         found = [f"{counts['num_regularization']} regularization pictures"] * (len(self.ready) > 1)

@@ -82,7 +82,7 @@ def gather(
     entries = {path: item.read() for path, item in files.items()}
     missing = [path for path, entry in entries.items() if entry is None]
     spoiled = sum(path.exists() for path in missing)
-    if spoiled and rank == 0:
+    if spoiled:
         log.warning("cached %ss that were damaged or foreign, made again: %d", unit, spoiled)
     barrier()  # until here every rank has seen the same folder
     with progress_bar(len(missing[rank::world]), description, unit, rank) as bar:

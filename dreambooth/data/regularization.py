@@ -113,11 +113,12 @@ def fill(
     if manifest and drawn:
         settings = {**settings, "seed": manifest["seed"]}
         broken = sum(index in manifest["slots"] for index in missing)
-        if broken and rank == 0:
+        if broken:
             log.info("%s: drawn again, because missing or broken: %d pictures", folder, broken)
     barrier()  # until here every rank has seen the same folder
     if missing and rank == 0:
-        write_manifest(folder, {**settings, "slots": sorted(drawn + missing)})
+        with atomic(folder / MANIFEST) as path:  # names the slots before the first is drawn
+            path.write_text(json.dumps({**settings, "slots": sorted(drawn + missing)}, indent=2) + "\n")
     barrier()
     chunks = sorted({index // settings["num_images_per_prompt"] for index in missing})
     mine = [chunk for chunk in chunks if chunk % world == rank]
@@ -127,12 +128,6 @@ def fill(
     if missing and rank == 0:
         sweep(folder)
     return len(missing)
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Name the slots that are drawn or about to be, before the first is drawn."""
-    with atomic(folder / MANIFEST) as path:
-        path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def draw_chunks(

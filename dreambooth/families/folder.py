@@ -53,15 +53,11 @@ def locate(source: str, revision: str | None = None, variant: str | None = None)
 def check(folder: Path, pipeline: str, classes: dict[str, type]) -> None:
     """Raise UserError unless the folder holds this pipeline with components of these classes."""
     index = read_json(folder / INDEX)
-    found = {
-        "_class_name": index.get("_class_name"),
-        **{name: (index.get(name) or [None, None])[1] for name in classes},
-    }
     for name, wanted in {"_class_name": pipeline, **{name: kind.__name__ for name, kind in classes.items()}}.items():
-        if found[name] != wanted:
-            raise UserError(
-                f"{folder / INDEX}: {name} is {found[name]}, this family needs {wanted}; choose another model"
-            )
+        found = index.get(name)
+        found = found[-1] if isinstance(found, list) else found  # ["diffusers", "AutoencoderKL"]
+        if found != wanted:
+            raise UserError(f"{folder / INDEX}: {name} is {found}, this family needs {wanted}; choose another model")
     for name in (*classes, "scheduler"):
         if not (folder / name).is_dir():
             raise UserError(f"{folder} has no folder '{name}' although its {INDEX} names it; copy the model anew")
