@@ -165,6 +165,7 @@ class DreamBoothModule(pl.LightningModule):
         """Step, then gather ``step_metrics``."""
         rate = optimizer.param_groups[0]["lr"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning would keep the gradients, a copy of all weights, beside the next activations
         losses = self.trainer.strategy.reduce(torch.stack(self._losses).mean(0), reduce_op="mean")
         self._losses.clear()
         self.step_metrics = dict(zip(("loss", "instance_loss", "prior_loss"), losses, strict=True))
