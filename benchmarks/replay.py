@@ -1,0 +1,55 @@
+"""Our module on the pictures and the noise that diffusers' script was recorded with (``stopwatch.py record``)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dreambooth.config import build, compose
+from dreambooth.tasks import make_module, make_trainer, quieten
+
+
+class Losses(pl.Callback):
+    """The loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: object) -> None:
+        self.values.append(pl_module.step_metrics["loss"].item())
+
+
+def replay(tape: dict[str, Tensor], overrides: list[str], folder: Path) -> list[float]:
+    """Train on a tape, (steps, B, ...) of pixels, posterior, noise and timesteps; the loss of each step.
+
+    The first half of the B pictures is the instance's, the second half its class's. Pictures and prompts are encoded
+    in every step, as diffusers' script does; everything else is the task ``train``.
+    """
+    quieten()
+    cfg = compose(overrides)
+    family = build(cfg.model.family)
+    module = make_module(cfg, family)
+    losses = Losses()
+    steps, size = tape["timesteps"].shape
+    trainer = make_trainer(cfg, folder, [losses], max_steps=steps)
+    family.move(trainer.strategy.root_device)
+    levels = (tape["timesteps"] + 0.5) / len(module.objective.alphas_cumprod)
+    # in the place of noise.py
+    module.draw = lambda batch, purpose, shape: module.send(tape[purpose][batch["step"]])  # type: ignore[method-assign]
+    module.draw_levels = lambda batch: module.send(levels[batch["step"]])  # type: ignore[method-assign]
+    roles = [role for role in ("instance", "regularization") for _ in range(size // 2)]
+    batches = [
+        {
+            "step": step,
+            "index": list(range(size)),
+            "pixels": pixels,
+            "prompts": [cfg.model.data[f"{role}_prompt"] for role in roles],
+            "is_prior": torch.tensor([role == "regularization" for role in roles]),
+        }
+        for step, pixels in enumerate(tape["pixels"])
+    ]
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return losses.values

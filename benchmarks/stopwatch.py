@@ -1,0 +1,104 @@
+"""Run a training program unchanged, as ``python PROGRAM ...`` would, and note from outside when each step ended.
+
+    python benchmarks/stopwatch.py FOLDER time|bare|record PROGRAM [its arguments]
+
+FOLDER/steps.json then holds the clock after each optimizer step and the most memory held until the last one.
+``bare`` answers every repeated ``AutoencoderKL.encode`` with its first answer: what a step costs without encoding.
+``record`` also writes FOLDER/tape.safetensors: what each step of diffusers' script read, drew and lost.
+"""
+
+import json
+import resource
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def main(folder: Path, mode: str, program: Path, arguments: list[str]) -> None:
+    """Run the program to its end, then write what was noted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clock: list[float] = []
+    peak: list[float] = []
+    tape: dict[str, list[Tensor]] = {}
+
+    def note(*_: Any) -> None:
+        clock.append(time.perf_counter())
+        peak.append(peak_memory_mb())
+
+    register_optimizer_step_post_hook(note)
+    if mode == "bare":
+        encode_once()
+    elif mode == "record":
+        tape = record()
+    sys.argv, sys.path[0] = [str(program), *arguments], str(program.resolve().parent)
+    runpy.run_path(str(program), run_name="__main__")
+    (folder / "steps.json").write_text(json.dumps({"clock": clock, "peak_memory_mb": peak[-1]}))
+    if tape:
+        from safetensors.torch import save_file
+
+        save_file(
+            {name: torch.stack(values).contiguous() for name, values in tape.items()}, folder / "tape.safetensors"
+        )
+
+
+def peak_memory_mb() -> float:
+    """The most memory so far, in MiB: allocated on a GPU, resident otherwise."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def encode_once() -> None:
+    """Keep the first answer of the VAE for each shape of pictures."""
+    from diffusers import AutoencoderKL
+
+    encode: Callable[..., Any] = AutoencoderKL.encode
+    answers: dict[torch.Size, Any] = {}
+
+    def encode_first(self: Any, pixels: Tensor, *rest: Any) -> Any:
+        if pixels.shape not in answers:
+            answers[pixels.shape] = encode(self, pixels, *rest)
+        return answers[pixels.shape]
+
+    AutoencoderKL.encode = encode_first
+
+
+def record() -> dict[str, list[Tensor]]:
+    """Take down the pictures, the noise of the posterior, the noise, the time steps and the loss of each step."""
+    from accelerate import Accelerator
+    from diffusers import AutoencoderKL
+
+    tape: dict[str, list[Tensor]] = {name: [] for name in ("pixels", "posterior", "noise", "timesteps", "loss")}
+    encode: Callable[..., Any] = AutoencoderKL.encode
+
+    def tapped(name: str, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def drawn(*args: Any, **options: Any) -> Tensor:
+            value = draw(*args, **options)
+            if len(tape[name]) < len(tape["pixels"]):  # the first draw of each kind after the step's encoding
+                tape[name].append(value.detach().cpu().clone())
+            return value
+
+        return drawn
+
+    def tapped_encode(self: Any, pixels: Tensor, *rest: Any) -> Any:
+        tape["pixels"].append(pixels.cpu().clone())
+        return encode(self, pixels, *rest)
+
+    def tapped_log(self: Any, values: dict[str, float], *_: Any, **__: Any) -> None:
+        tape["loss"].append(torch.tensor(values["loss"]))
+
+    AutoencoderKL.encode, Accelerator.log = tapped_encode, tapped_log
+    torch.randn, torch.randn_like = tapped("posterior", torch.randn), tapped("noise", torch.randn_like)
+    torch.randint = tapped("timesteps", torch.randint)
+    return tape
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
