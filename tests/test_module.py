@@ -30,7 +30,7 @@ def test_golden_curve(tiny_sd: Path) -> None:
 
 @pytest.mark.parametrize("text", [False, True])
 def test_what_learns_and_what_stays(tiny_sd: Path, text: bool) -> None:
-    """Every trained parameter gets a float32 update and loses its gradient; the frozen stay as they are, bit for bit."""
+    """Every trained parameter gets a float32 update and frees its gradient; the frozen stay the same, bit for bit."""
     module = module_of(tiny_sd, text=text, gradient_checkpointing=text)
     networks = module.family.networks
     before = {name: weights(network) for name, network in networks.items()}
