@@ -37,6 +37,7 @@ def picture_at(place: int, count: int, seed: int, role: str) -> int:
     return order(count, seed, epoch, role)[rest]
 
 
+@dataclass(eq=False)
 class Stream(IterableDataset):
     """Endless micro-batches of one rank from a given optimizer step on.
 
@@ -44,24 +45,21 @@ class Stream(IterableDataset):
     batch of G = b * world * accumulate pictures, then the same positions, offset by G, of the regularization half.
     """
 
-    def __init__(
-        self,
-        roles: list[Role],
-        *,
-        micro_batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        accumulate: int = 1,
-        first_step: int = 0,
-        resolution: int,
-        center_crop: bool,
-        random_flip: bool,
-    ) -> None:
-        self.roles, self.seed, self.rank, self.world = roles, seed, rank, world
-        self.micro_batch_size, self.accumulate, self.first_step = micro_batch_size, accumulate, first_step
-        self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
-        self.global_size = micro_batch_size * world * accumulate
+    roles: list[Role]
+    micro_batch_size: int
+    seed: int
+    resolution: int
+    center_crop: bool
+    random_flip: bool
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+    first_step: int = 0
+
+    @property
+    def global_size(self) -> int:
+        """How many pictures of each role an optimizer step sees."""
+        return self.micro_batch_size * self.world * self.accumulate
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
