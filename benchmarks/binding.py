@@ -68,7 +68,7 @@ def measure(subject: str, overrides: list[str], networks: dict) -> dict[str, flo
     run = train(cfg)
     row: dict[str, float] = {"seconds": run.summary["seconds"]["total"]}
     for when, folder in (("base", WEIGHTS), ("after", run.folder / "pipeline")):
-        pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        pipe = DiffusionPipeline.from_pretrained(str(folder), safety_checker=None)
         own = torch.cat([pictures(pipe, [data.instance_prompt], 8, settings), pictures(pipe, placed, 4, settings)])
         row[f"likeness_{when}"] = likeness(networks["vit"], own, photos)
         wanted = torch.arange(len(PLACES)).repeat_interleave(4)

@@ -1,15 +1,21 @@
 """One training stage of the pocket world on Lightning: checkpointed, resumed, a function of (seed, step)."""
 
 import math
+import warnings
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
+from dreambooth.callbacks.progress import Progress
+from dreambooth.files import atomic
 from dreambooth.noise import generator
+from dreambooth.tasks import quieten
 
 
 class Stage(pl.LightningModule):
@@ -24,9 +30,7 @@ class Stage(pl.LightningModule):
         raise NotImplementedError
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.loss(generator(self.seed, self.global_step, self.name))
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        return self.loss(generator(self.seed, self.global_step, self.name))
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(
@@ -43,25 +47,33 @@ class Stage(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def fit(stage: Stage, folder: Path, every_n_train_steps: int = 250) -> None:
-    """Train ``stage`` to its last step, going on from the newest checkpoint in ``folder``."""
+class _Ticks(IterableDataset):
+    """An endless stream of nothing: a stage draws its own batches, and Lightning has no place in an epoch to lose."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return repeat(torch.zeros(()))
+
+
+def fit(stage: Stage, folder: Path, every_n_train_steps: int = 250, until: int | None = None) -> None:
+    """Train ``stage`` to its last step (or ``until`` that one), going on from the newest checkpoint in ``folder``."""
+    quieten()
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # all stages share one
+    last = folder / f"{stage.name}.ckpt"
     checkpoints = ModelCheckpoint(
         folder, filename=stage.name, every_n_train_steps=every_n_train_steps, enable_version_counter=False
     )
-    last = folder / f"{stage.name}.ckpt"
     trainer = pl.Trainer(
-        max_steps=stage.steps,
+        max_steps=until or stage.steps,
         accelerator="auto",
         devices=1,
         logger=False,
-        callbacks=[checkpoints, TQDMProgressBar(refresh_rate=50)],
+        callbacks=[checkpoints, Progress()],
         enable_model_summary=False,
         gradient_clip_val=1.0,
         use_distributed_sampler=False,
     )
     trainer.fit(
-        stage,
-        DataLoader(range(stage.steps), batch_size=None),
-        ckpt_path=last if last.exists() else None,
-        weights_only=True,
+        stage, DataLoader(_Ticks(), batch_size=None), ckpt_path=last if last.exists() else None, weights_only=True
     )
+    with atomic(last) as path:
+        trainer.save_checkpoint(path)

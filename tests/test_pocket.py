@@ -1,0 +1,139 @@
+"""The pocket world: what it draws and says, its tokenizer and towers, and the weights that ship."""
+
+import json
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from dreambooth import compose
+from dreambooth.pocket import ENCODERS, SUBJECTS, WEIGHTS, autoencoder, encoders, eye, imagetext, judge, ready, words
+from dreambooth.pocket.backgrounds import CONTEXTS
+from dreambooth.pocket.figures import CLASSES
+from dreambooth.pocket.pretrain import GATES, obeys, pretrain
+from dreambooth.pocket.scenes import Scenes, to_float
+from dreambooth.pocket.stage import Stage, fit
+from dreambooth.pocket.world import COLOURS, draw, random_scene
+
+
+def test_a_scene_is_a_function_of_its_seed_and_shows_what_it_says():
+    assert draw(random_scene(Random(1))).tobytes() == draw(random_scene(Random(1))).tobytes()
+    few, more = Scenes(3, "a"), Scenes(5, "a")
+    assert torch.equal(few.pixels, more.pixels[:3])
+    assert few.captions() == more.captions()[:3]
+    for scene, (noun, colour, place) in zip(more.scenes, more.labels.tolist(), strict=True):
+        assert scene.full_caption().endswith(CONTEXTS[list(CONTEXTS)[place]])
+        assert list(CLASSES)[noun] in scene.full_caption().split()
+        assert colour == -1 or list(COLOURS)[colour] in scene.full_caption().split()
+
+
+def test_no_caption_has_a_word_for_a_subject():
+    said = {word for variant in range(6) for caption in Scenes(400, "b").captions(variant) for word in caption.split()}
+    assert not said & {*words.RARE, "spots", "stripes", "scarf", "hat"}
+    for figure in ready.SUBJECTS.values():
+        distance = min(sum(abs(a - b) for a, b in zip(figure.body, named, strict=True)) for named in COLOURS.values())
+        assert distance > 3 * 14, "a colour that the captions name"
+
+
+def test_the_shipped_pictures_are_the_ready_subjects():
+    assert len(ready.SUBJECTS) >= 8
+    assert len({figure.noun for figure in ready.SUBJECTS.values()}) >= 5
+    for name, figure in ready.SUBJECTS.items():
+        for i, picture in enumerate(ready.photographs(name)):
+            shipped = np.asarray(Image.open(SUBJECTS / name / f"{i}.png"), dtype=int)
+            assert np.abs(shipped - np.asarray(picture, dtype=int)).mean() < 1  # another Pillow may round otherwise
+        data = compose([f"model/data=pocket_{name}"]).model.data
+        assert data.instance_dir == str(SUBJECTS / name)
+        assert data.regularization_prompt == f"a photo of a {figure.noun}"
+
+
+def test_the_tokenizer_spells_anything_and_knows_rare_words_whole():
+    tokenizer = encoders.load_tokenizer()
+    assert tokenizer.get_vocab() == words.build().get_vocab()
+    assert 1000 <= len(tokenizer) <= 2000
+    assert tokenizer.eos_token_id == len(tokenizer) - 1  # image-text models find the end by the highest id
+    for word in [*words.RARE, *words.COMMON, *CLASSES, *COLOURS]:
+        assert len(tokenizer(word).input_ids) == 3, word
+    for text in ("zwölf quixotic flügelhörner!", "日本の犬", "a_b-c 42"):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in ids[1:-1]
+        assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+
+
+def test_the_text_encoder_is_the_image_text_models_tower():
+    tokenizer, model = encoders.load_tokenizer(), encoders.load_imagetext()
+    tokens = imagetext.tokenize(tokenizer, ["a photo of a sks dog", "", "a red teapot in the snow " * 20])
+    assert tokens.shape == (3, 32)
+    ours = imagetext.text_encoder(model, tokenizer)(tokens)
+    projected = torch.nn.functional.normalize(ours.pooler_output @ model.text_projection, dim=-1)
+    assert torch.allclose(projected, model.encode_text(tokens, normalize=True), atol=1e-5)
+    shipped = DiffusionPipeline.from_pretrained(str(WEIGHTS)).text_encoder(tokens)[0]
+    assert torch.allclose(shipped, ours[0], atol=2e-3)  # both were rounded to half precision on disk
+
+
+class _Line(Stage):
+    """Fits a line: the smallest thing a stage can train."""
+
+    def __init__(self, steps: int):
+        super().__init__("line", steps, lr=0.1, seed=0)
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    def loss(self, g: torch.Generator) -> torch.Tensor:
+        x = torch.randn(8, generator=g)
+        return (self.weight[0] * x + self.weight[1] - 2 * x - 1).pow(2).mean()
+
+
+def test_a_stage_goes_on_as_if_it_had_not_stopped(tmp_path):
+    whole, first, second = _Line(40), _Line(40), _Line(40)
+    fit(whole, tmp_path / "whole", every_n_train_steps=10)
+    fit(first, tmp_path / "parts", every_n_train_steps=10, until=20)
+    fit(second, tmp_path / "parts", every_n_train_steps=10)
+    assert torch.equal(whole.weight, second.weight)
+    assert not torch.equal(first.weight, second.weight)
+
+
+def test_what_ships_is_small_and_its_manifest_says_how_good_it_is():
+    files = [path for path in WEIGHTS.parent.rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in files) <= 16e6
+    assert sum(path.stat().st_size for path in files) <= 25e6
+    manifest = json.loads((WEIGHTS.parent / "manifest.json").read_text())
+    assert manifest["gates"] == GATES
+    assert all(manifest["figures"][name] >= gate for name, gate in GATES.items())
+
+
+def test_the_shipped_networks_pass_their_gates_on_new_scenes():
+    scenes = Scenes(200, "test")
+    referee, vae = encoders.load_judge(), DiffusionPipeline.from_pretrained(str(WEIGHTS)).vae
+    real = to_float(scenes.pixels)
+    copies = autoencoder.reconstruct(vae, real)
+    assert autoencoder.psnr(real, copies) >= GATES["psnr_db"] - 0.3
+    for pixels, gate in ((real, 0.98), (copies, 0.96)):
+        assert min(judge.shares(judge.verdicts(referee, pixels), scenes.labels).values()) >= gate
+    assert eye.triplet_accuracy(encoders.load_eye(), eye.individuals(32, 3, "test")) >= 0.94
+
+
+def test_the_base_draws_what_it_is_told():
+    pipe = DiffusionPipeline.from_pretrained(str(WEIGHTS))
+    shares, _ = obeys(pipe, encoders.load_judge(), every=17, seed="test")  # 26 prompts
+    assert shares["class"] >= 0.88
+    assert shares["colour"] >= 0.8
+    assert shares["context"] >= 0.88
+
+
+@pytest.mark.slow
+def test_pretrain_makes_all_that_ships(tmp_path):
+    tiny = {"judge": 2, "autoencoder": 2, "decoder": 2, "imagetext": 2, "individuals": 16, "eye": 2, "denoiser": 2}
+    steps = [f"pretrain.steps.{name}={count}" for name, count in tiny.items()]
+    sizes = ["pretrain.scenes=64", "pretrain.held_out=16", "pretrain.every_nth_prompt=200"]
+    cfg = compose(["task=pretrain", f"pretrain.folder={tmp_path}", "pretrain.ship_anyway=true", *steps, *sizes])
+    out = pretrain(cfg)
+    assert sorted(path.name for path in (out / "encoders").iterdir()) == sorted(p.name for p in ENCODERS.iterdir())
+    published = {str(p.relative_to(WEIGHTS)) for p in WEIGHTS.rglob("*") if p.is_file()}
+    assert {str(p.relative_to(out / "base")) for p in (out / "base").rglob("*") if p.is_file()} == published
+    assert DiffusionPipeline.from_pretrained(str(out / "base"))("a dog", num_inference_steps=2).images[0].size == (
+        64,
+        64,
+    )
