@@ -41,7 +41,7 @@ def individuals(count: int, views: int, seed: int | str) -> Tensor:
 class EyeStage(Stage):
     """Half the batches are of one class, so that shape alone never tells two apart."""
 
-    def __init__(self, views: Tensor, steps: int, seed: int, lr: float = 1e-3, batch: int = 64):
+    def __init__(self, views: Tensor, steps: int, seed: int, lr: float = 1e-3, batch: int = 40):
         super().__init__("eye", steps, lr, seed, weight_decay=0.05)
         self.model = build()
         self.views, self.batch = views, batch
