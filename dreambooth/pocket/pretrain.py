@@ -55,7 +55,7 @@ class _World:
 
     def fitted(self, make: Callable[[], Stage]) -> Stage:
         torch.manual_seed(self.seed)  # initial weights
-        stage = make()
+        stage = make().train()
         fit(stage, self.folder)
         return stage.eval()
 
@@ -168,7 +168,7 @@ def pretrain(cfg: DictConfig) -> Path:
     """
     settings = cfg.pretrain
     world = _World(settings, settings.seed)
-    tokenizer = words.build()
+    tokenizer = words.kept(world.folder / "tokenizer")
     referee = judge_gate(world)
     vae, moments = autoencoder_gate(world, referee)
     clip = imagetext_gate(world, tokenizer)

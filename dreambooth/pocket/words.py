@@ -36,7 +36,7 @@ woman world yard young your
 
 
 def build() -> CLIPTokenizer:
-    """Train the tokenizer; the same one on every machine."""
+    """Train the tokenizer. The library breaks ties between merges at random, so the ids differ from call to call."""
     heads = [word for head in CAPTION_HEADS for word in head.split()]
     places = [word for phrase in CONTEXTS.values() for word in phrase.split()]
     words = [*heads, *places, *CLASSES, *COLOURS, *RARE, *FILLERS, *COMMON]
@@ -57,6 +57,13 @@ def build() -> CLIPTokenizer:
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def kept(folder: Path) -> CLIPTokenizer:
+    """The tokenizer in ``folder``, trained and saved there if there is none: a run keeps the ids it began with."""
+    if not (folder / "merges.txt").exists():
+        save(build(), folder)
+    return CLIPTokenizer.from_pretrained(str(folder))
 
 
 def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
