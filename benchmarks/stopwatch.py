@@ -2,7 +2,8 @@
 
     python benchmarks/stopwatch.py FOLDER time|bare|record PROGRAM [its arguments]
 
-FOLDER/steps.json then holds the clock after each optimizer step and the most memory held until the last one.
+FOLDER/steps.json then holds the wall clock and the CPU seconds of the process after each optimizer step, and the most
+memory held until the last one.
 ``bare`` answers every repeated ``AutoencoderKL.encode`` with its first answer: what a step costs without encoding.
 ``record`` also writes FOLDER/tape.safetensors: what each step of diffusers' script read, drew and lost.
 """
@@ -24,12 +25,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 def main(folder: Path, mode: str, program: Path, arguments: list[str]) -> None:
     """Run the program to its end, then write what was noted."""
     folder.mkdir(parents=True, exist_ok=True)
-    clock: list[float] = []
+    clock: list[tuple[float, float]] = []
     peak: list[float] = []
     tape: dict[str, list[Tensor]] = {}
 
     def note(*_: Any) -> None:
-        clock.append(time.perf_counter())
+        clock.append((time.perf_counter(), time.process_time()))
         peak.append(peak_memory_mb())
 
     register_optimizer_step_post_hook(note)
