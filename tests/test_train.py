@@ -17,7 +17,7 @@ from dreambooth.callbacks.checkpoint import checkpoints
 from dreambooth.tasks import prepare
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = "import torch; torch.set_num_threads(1); from dreambooth.cli import main; main()"
+PROGRAM = "import signal, torch; signal.signal(signal.SIGINT, signal.default_int_handler); torch.set_num_threads(1); from dreambooth.cli import main; main()"
 
 
 @pytest.fixture
