@@ -17,7 +17,11 @@ from dreambooth.callbacks.checkpoint import checkpoints
 from dreambooth.tasks import prepare
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = "import signal, torch; signal.signal(signal.SIGINT, signal.default_int_handler); torch.set_num_threads(1); from dreambooth.cli import main; main()"
+# a shell starts what it runs in the background with SIGINT ignored, and a child inherits that
+PROGRAM = (
+    "import signal, torch; signal.signal(signal.SIGINT, signal.default_int_handler); torch.set_num_threads(1); "
+    "from dreambooth.cli import main; main()"
+)
 
 
 @pytest.fixture
