@@ -130,7 +130,16 @@ def test_the_base_draws_what_it_is_told():
 
 @pytest.mark.slow
 def test_pretrain_makes_all_that_ships(tmp_path):
-    tiny = {"judge": 2, "autoencoder": 2, "decoder": 2, "imagetext": 2, "individuals": 16, "eye": 2, "denoiser": 2}
+    tiny = {
+        "judge": 2,
+        "autoencoder": 2,
+        "decoder": 2,
+        "imagetext": 2,
+        "individuals": 16,
+        "eye": 2,
+        "denoiser": 2,
+        "individual": 2,
+    }
     steps = [f"pretrain.steps.{name}={count}" for name, count in tiny.items()]
     sizes = ["pretrain.scenes=64", "pretrain.held_out=16", "pretrain.every_nth_prompt=200"]
     cfg = compose(["task=pretrain", f"pretrain.folder={tmp_path}", "pretrain.ship_anyway=true", *steps, *sizes])

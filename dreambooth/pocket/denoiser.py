@@ -51,7 +51,10 @@ def scaling_factor(moments: Tensor) -> float:
 
 
 class DenoiserStage(Stage):
-    """v-prediction, min-SNR 5, stratified timesteps, one caption in ten dropped; what is kept is the average."""
+    """v-prediction, min-SNR 5, stratified timesteps, one caption in ten dropped; what is kept is the average.
+
+    Trains a new network, or under its own ``name`` goes on from the weights of ``start``.
+    """
 
     def __init__(
         self,
@@ -65,9 +68,13 @@ class DenoiserStage(Stage):
         lr: float = 8e-4,
         batch: int = 64,
         variants: int = 6,
+        name: str = "denoiser",
+        start: UNet2DConditionModel | None = None,
     ):
-        super().__init__("denoiser", steps, lr, seed)
+        super().__init__(name, steps, lr, seed)
         self.model = build()
+        if start is not None:
+            self.model.load_state_dict(start.state_dict())
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
         self.average.requires_grad_(False)
         self.moments, self.scale, self.batch = moments, scale, batch

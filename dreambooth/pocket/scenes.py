@@ -12,7 +12,7 @@ from torch import Tensor
 from dreambooth.noise import seed_of
 from dreambooth.pocket.backgrounds import CONTEXTS
 from dreambooth.pocket.figures import CLASSES
-from dreambooth.pocket.world import COLOURS, SIZE, Scene, draw, random_scene
+from dreambooth.pocket.world import COLOURS, PLAIN, SIZE, Odds, Scene, draw, random_scene
 
 NOUNS, HUES, PLACES = tuple(CLASSES), tuple(COLOURS), tuple(CONTEXTS)
 
@@ -30,8 +30,8 @@ def to_float(pixels: Tensor) -> Tensor:
 class Scenes:
     """``count`` random scenes of one seed: pixels (N, 3, 64, 64) uint8, captions, and what is in them."""
 
-    def __init__(self, count: int, seed: int | str, folder: Path | None = None):
-        self.scenes: list[Scene] = [random_scene(Random(seed_of(seed, i, "scene"))) for i in range(count)]
+    def __init__(self, count: int, seed: int | str, folder: Path | None = None, odds: Odds = PLAIN):
+        self.scenes: list[Scene] = [random_scene(Random(seed_of(seed, i, "scene")), odds) for i in range(count)]
         self.seed = seed
         self._folder = folder
 

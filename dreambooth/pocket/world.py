@@ -100,11 +100,23 @@ def _near(colour: RGB, rng: Random) -> RGB:
     return tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in colour)  # type: ignore[return-value]
 
 
-def random_figure(rng: Random, noun: str | None = None, colour: str | None = None) -> Figure:
-    """An individual: half of them plain, the others with marks, a garment, or both."""
+@dataclass(frozen=True)
+class Odds:
+    """How often a random figure has a colour with a name, marks, and a garment."""
+
+    named: float = 0.8
+    marks: float = 0.35
+    garment: float = 0.3
+
+
+PLAIN, RICH = Odds(), Odds(named=0.5, marks=0.7, garment=0.65)
+
+
+def random_figure(rng: Random, noun: str | None = None, colour: str | None = None, odds: Odds = PLAIN) -> Figure:
+    """An individual; by the plain odds half of them have neither marks nor a garment."""
     body = _near(COLOURS[colour], rng) if colour else random_colour(rng)
-    marks = rng.choice(MARKS) if rng.random() < 0.35 else None
-    garment = rng.choice(GARMENTS) if rng.random() < 0.3 else None
+    marks = rng.choice(MARKS) if rng.random() < odds.marks else None
+    garment = rng.choice(GARMENTS) if rng.random() < odds.garment else None
     return Figure(
         noun or rng.choice(tuple(CLASSES)),
         body,
@@ -116,10 +128,12 @@ def random_figure(rng: Random, noun: str | None = None, colour: str | None = Non
     )
 
 
-def random_scene(rng: Random) -> Scene:
-    """A scene for the base model's training; one figure in five has a colour without a name."""
-    colour = rng.choice(tuple(COLOURS)) if rng.random() < 0.8 else None
-    return Scene(random_figure(rng, colour=colour), rng.choice(tuple(CONTEXTS)), colour, rng.randrange(1 << 31))
+def random_scene(rng: Random, odds: Odds = PLAIN) -> Scene:
+    """A scene for the base model's training; by the plain odds one figure in five has a colour without a name."""
+    colour = rng.choice(tuple(COLOURS)) if rng.random() < odds.named else None
+    return Scene(
+        random_figure(rng, colour=colour, odds=odds), rng.choice(tuple(CONTEXTS)), colour, rng.randrange(1 << 31)
+    )
 
 
 def draw(scene: Scene) -> Image.Image:
