@@ -64,7 +64,7 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
 
 
 def command_of(cfg: DictConfig) -> str | None:
-    """The ``dreambooth …`` line, quoted for a shell, that a tree was composed from; None for a copy or a tree made by hand.
+    """The ``dreambooth …`` line, quoted for a shell, that a tree was composed from; None for a copy of one.
 
     It is the same line whether the tree came from the command, from a launcher or from ``compose``.
     """
@@ -120,7 +120,9 @@ def register_resolvers() -> None:
 
 
 def _command(hydra_node: Any) -> str:
-    cards = [f"--config-dir={each.path}" for each in hydra_node.runtime.config_sources if each.provider == "command-line"]
+    cards = [
+        f"--config-dir={each.path}" for each in hydra_node.runtime.config_sources if each.provider == "command-line"
+    ]
     # Hydra adds its mode, and a sweep its folders, to what was typed about Hydra itself.
     typed = [one for one in hydra_node.overrides.hydra if not re.match(r"[+~]*hydra[./](mode|sweep|launcher)", one)]
     return shlex.join(["dreambooth", *cards, *hydra_node.overrides.task, *typed])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 WIDTH, HEIGHT = 460, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 34  # room for the numbers at the axes
+LEFT, RIGHT, TOP, BOTTOM = 54, 18, 14, 26  # room for the numbers at the axes
 MOST_POINTS = 240
 Value = float | None
 
@@ -65,13 +65,14 @@ def chart(
     marks: Sequence[tuple[float, str]] = (),
     levels: Sequence[tuple[float, str]] = (),
 ) -> Chart | None:
-    """A chart over steps; None when no line has two points. ``marks`` are steps, ``levels`` values, with their names."""
+    """A chart over steps; None when no line has two points. ``marks`` are steps, ``levels`` values, each named."""
     lines = [line for line in lines if len(_defined(line)) > 1]
     if not lines:
         return None
     points = [point for line in lines for point in _defined(line)]
     tidy = [point for line in lines if not line.faint for point in _defined(line)] or points
     xs = min(x for x, _ in points), max(x for x, _ in points)
+    xs = (0.0 if 0 < xs[0] <= 0.05 * xs[1] else xs[0]), xs[1]  # a run begins at 0, its first loss is that of step 1
     ys = _padded([y for _, y in tidy] + [value for value, _ in levels])
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -91,6 +92,8 @@ def chart(
 
 def smooth(values: Sequence[Value], window: int | None = None) -> list[Value]:
     """The centred moving mean over ``window`` values (default: a twentieth of them), gaps left out of it."""
+    if not values:
+        return []
     y = np.array([math.nan if value is None else value for value in values], dtype=float)
     window = window or min(max(1, len(y) // 20), 400)
     good, kernel = np.isfinite(y), np.ones(window)
@@ -104,7 +107,8 @@ def thinned(x: Sequence[Value], y: Sequence[Value], most: int = MOST_POINTS) -> 
     if len(x) <= most:
         return list(x), list(y)
     parts = np.array_split(np.arange(len(x)), most)
-    return [_mean([x[i] for i in part]) for part in parts], [_mean([y[i] for i in part]) for part in parts]
+    places = [_mean([x[i] for i in part]) for part in parts]
+    return [x[0], *places[1:-1], x[-1]], [_mean([y[i] for i in part]) for part in parts]
 
 
 def ticks(low: float, high: float, about: int) -> list[tuple[float, str]]:

@@ -108,7 +108,7 @@ def _cell(runs: Sequence[RunData], run: RunData, score: Score) -> Cell:
     value = run.means("after").get(score.key)
     others = [other for each in runs if is_number(other := each.means("after").get(score.key))]
     best = {"high": max, "low": min}.get(score.better)
-    wins = is_number(value) and len(others) > 1 and best is not None and value == best(others)
+    wins = is_number(value) and len(set(others)) > 1 and best is not None and value == best(others)
     return Cell(value if is_number(value) else None, run.interval("after", score.key), wins)
 
 
@@ -128,9 +128,7 @@ def _plot(runs: Sequence[RunData]) -> tuple[Chart | None, dict[int, str]]:
     likeness = [(run.name, run.curves.get("step", []), run.curves.get("dino", [])) for run in runs]
     title = "Likeness to the photos (DINO) over the steps"
     if not any(sum(map(is_number, values)) > 1 for _, _, values in likeness):
-        likeness = [
-            (run.name, *thinned(run.steps.get("step", []), smooth(run.steps.get("loss", [])))) for run in runs
-        ]
+        likeness = [(run.name, *thinned(run.steps.get("step", []), smooth(run.steps.get("loss", [])))) for run in runs]
         title = "Loss over the steps, smoothed"
     styles = {place: f"c{place % STYLES + 1}" + (" dashed" if place >= STYLES else "") for place in range(len(runs))}
     lines = [Line(name, styles[place], x, y, dots=True) for place, (name, x, y) in enumerate(likeness)]

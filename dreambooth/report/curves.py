@@ -8,7 +8,7 @@ LOSSES = (("instance_loss", "photos", "one"), ("prior_loss", "class pictures", "
 
 
 def charts(run: RunData) -> list[Chart]:
-    """Loss, likeness and drift, prompt fidelity: those that there are numbers for."""
+    """Loss, likeness and drift, prompt fidelity, and the trade-off that chose the step: those there are numbers for."""
     marks = [(float(run.summary["best_step"]), "exported step")] if is_number(run.summary.get("best_step")) else []
     real = run.means("real").get("dino")
     levels = [(float(real), "photos among themselves")] if is_number(real) else []
@@ -17,12 +17,13 @@ def charts(run: RunData) -> list[Chart]:
         chart("loss", "Loss", loss_lines(run), marks),
         chart("likeness", "Likeness to the photos", likeness, marks, levels),
         chart("prompt", "Prompt fidelity (CLIP-T)", [_scores(run, "clip_t", "CLIP-T", "three")], marks),
+        chart("tradeoff", "Likeness won, less drift", [_scores(run, "score", "trade-off", "four")], marks),
     ]
     return [each for each in found if each]
 
 
 def loss_lines(run: RunData) -> list[Line]:
-    """The losses of both roles, smoothed over the single steps, which lie faintly behind; one where no prior is used."""
+    """The losses of both roles, smoothed, the single steps faintly behind; one loss where no prior is used."""
     steps = run.steps.get("step", [])
     known = [(name, words, style) for name, words, style in LOSSES if any(map(is_number, run.steps.get(name, [])))]
     if len(known) < 2:

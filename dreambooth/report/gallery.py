@@ -64,12 +64,12 @@ def photos(run: RunData, album: Album) -> list[Shot]:
 
 def nearest_pairs(run: RunData, album: Album) -> list[Pair]:
     """The pictures most like a single photo, beside that photo, the most alike first."""
-    rows = [row for row in _of(run, "after", "subject") if row.get("nearest") in run.photos]
+    rows = [row for row in _of(run, "after", "subject") if row.get("nearest") in run.judges]
     rows.sort(key=lambda row: -row["copy"] if is_number(row.get("copy")) else 0)
     pairs = []
     for row in rows[:MOST_NEAREST]:
         drawn = album.add(run.picture(row), f"Picture of “{row.get('prompt')}” after training", 300)
-        photo = album.add(run.photos[row["nearest"]], f"The photo nearest to it, {row['nearest']}", 300)
+        photo = album.add(run.judges[row["nearest"]], f"The photo nearest to it, {row['nearest']}", 300)
         if drawn and photo:
             pairs.append(Pair(drawn, photo, number(row.get("copy")), str(row.get("prompt") or "")))
     return pairs

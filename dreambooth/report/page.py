@@ -1,5 +1,6 @@
 """report.html of one run: every section's data, and the template that shows them."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -117,4 +118,12 @@ def _draw(run: RunData) -> str | None:
     if not (run.folder / "pipeline").is_dir():
         return None
     prompt = f"{run.setting('model.data.instance_prompt')} in the rain"
-    return shlex.join(["dreambooth", "task=generate", f"infer.model={run.folder}", f"infer.prompts={prompt}"])
+    return shlex.join(
+        ["dreambooth", "task=generate", _typed("infer.model", run.folder), _typed("infer.prompts", prompt)]
+    )
+
+
+def _typed(key: str, value: object) -> str:
+    """An override as Hydra reads it: quoted when the value has signs that mean something there."""
+    text = str(value)
+    return f"{key}={text}" if re.fullmatch(r"[\w ./+-]+", text) else key + '="' + text.replace('"', '\\"') + '"'

@@ -12,6 +12,7 @@ import yaml
 
 from dreambooth.errors import UserError
 from dreambooth.files import PICTURE_SUFFIXES
+from dreambooth.report.wording import is_number
 from dreambooth.run_folder import CONFIG, OVERRIDES
 
 SETS = ("before", "after", "real")
@@ -58,8 +59,8 @@ class RunData:
 
     def interval(self, kind: str, score: str) -> list[float] | None:
         """The 95 % interval of a mean, [low, high]."""
-        found = (self.summary.get("metrics", {}).get("intervals") or {}).get(kind) or {}
-        return found.get(score)
+        found = ((self.summary.get("metrics", {}).get("intervals") or {}).get(kind) or {}).get(score)
+        return found if isinstance(found, list) and len(found) == 2 and all(map(is_number, found)) else None
 
     @property
     def last_step(self) -> int | None:
@@ -69,11 +70,13 @@ class RunData:
 
     @cached_property
     def photos(self) -> dict[str, Path]:
-        """The subject's photos by file name; empty when their folder is not there (any more)."""
-        where = self.setting("evaluate.photos") or self.setting("model.data.instance_dir")
-        folder = Path(str(where)).expanduser()
-        found = sorted(folder.iterdir()) if where and folder.is_dir() else []
-        return {each.name: each for each in found if each.suffix.lower() in PICTURE_SUFFIXES and each.name[0] != "."}
+        """The photos that were learned from, by file name; empty when their folder is not there (any more)."""
+        return _pictures(self.setting("model.data.instance_dir"))
+
+    @cached_property
+    def judges(self) -> dict[str, Path]:
+        """The photos that likeness was measured to, which are those that were learned from unless others were named."""
+        return _pictures(self.setting("evaluate.photos")) or self.photos
 
     def picture(self, row: Row) -> Path:
         """The file of a row of ``scores``."""
@@ -98,6 +101,12 @@ def read_run(folder: Path) -> RunData:
         scores=_scores(folder / "evaluation" / "scores.jsonl"),
         samples=sorted((folder / "samples").glob("step_*.png")),
     )
+
+
+def _pictures(where: Any) -> dict[str, Path]:
+    folder = Path(str(where)).expanduser()
+    found = sorted(folder.iterdir()) if where and folder.is_dir() else []
+    return {each.name: each for each in found if each.suffix.lower() in PICTURE_SUFFIXES and each.name[0] != "."}
 
 
 def _text(path: Path) -> str | None:
@@ -125,8 +134,8 @@ def _summary(path: Path) -> dict[str, Any]:
     text = _text(path)
     found = {} if text is None else _json(path, text, 1)
     parts = found.get("metrics", {}) if isinstance(found, dict) else None
-    nested = [*parts.values(), parts.get("intervals")] if isinstance(parts, dict) else [0]
-    if not all(isinstance(part, dict | str | None) for part in nested):
+    nested = [parts.get(name) for name in (*SETS, "intervals", "encoders")] if isinstance(parts, dict) else [0]
+    if not all(isinstance(part, dict | None) for part in nested):
         raise UserError(f"{path} is no summary of a run: remove it, and type the training command again")
     return found
 
@@ -144,7 +153,9 @@ def _json(path: Path, text: str, line: int) -> Any:
         return json.loads(text)
     except ValueError as error:
         at = line + getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}, line {at}, is not JSON ({str(error).partition(':')[0]}): repair or remove it") from None
+        raise UserError(
+            f"{path}, line {at}, is not JSON ({str(error).partition(':')[0]}): repair or remove it"
+        ) from None
 
 
 def _columns(path: Path) -> Columns:
@@ -154,7 +165,9 @@ def _columns(path: Path) -> Columns:
     columns: Columns = {name: [] for name in (rows[0] if rows else [])}
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(columns):
-            raise UserError(f"{path}, line {number}, has {len(row)} values for {len(columns)} columns: repair or remove it")
+            raise UserError(
+                f"{path}, line {number}, has {len(row)} values for {len(columns)} columns: repair or remove it"
+            )
         for name, cell in zip(columns, row, strict=True):
             columns[name].append(_number(path, number, cell))
     return columns

@@ -30,9 +30,7 @@ def write(path: Path, text: str) -> Path:
 @cache
 def _environment() -> Environment:
     loader = FileSystemLoader(TEMPLATES)
-    made = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters.update(FILTERS)
     return made
 
