@@ -92,7 +92,7 @@ def test_everything_is_on_one_page_that_needs_nothing_else(run: Path) -> None:
     assert not outside
     assert all(src.startswith("data:image/webp;base64,") for src in page.all("img", "src"))
     assert "@import" not in html
-    assert html.count("url(") == html.count("url(#clip-") == len(page.all("svg", "viewbox")) == 3
+    assert html.count("url(") == html.count("url(#clip-") == len(page.all("svg", "viewbox")) == 4
     assert "script" not in {tag for tag, _ in page.tags}
     assert all(page.all("img", "alt"))
     assert len(page.all("img", "alt")) == len(page.all("img", "src"))
@@ -108,7 +108,7 @@ def test_it_says_what_came_of_the_run(run: Path) -> None:
     assert f"“{PROMPT}”" in page.text
     for words in ("0.70", "Learned", "75 % of the way", "Class kept", "4 % of the way", "No copies", "before 0.40"):
         assert words in glance.replace("\N{NARROW NO-BREAK SPACE}", " "), words
-    assert "0.679 to 0.721" in page.sections["scores"]
+    assert "0.679\N{NO-BREAK SPACE}to 0.721" in page.sections["scores"]
     assert "a ViT" in page.sections["scores"]
     assert all(words in page.sections["cost"] for words in ("2 min 10 s", "1.5 GiB"))
     settings = page.sections["settings"]

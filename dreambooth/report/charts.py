@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
-WIDTH, HEIGHT = 460, 250
+SIZE, WIDE = (460, 250), (820, 340)
 LEFT, RIGHT, TOP, BOTTOM = 54, 18, 14, 26  # room for the numbers at the axes
 MOST_POINTS = 240
 Value = float | None
@@ -54,8 +54,8 @@ class Chart:
     y_ticks: list[Tick]
     marks: list[tuple[float, str]] = field(default_factory=list)  # upright lines, and what they mean
     levels: list[tuple[float, str]] = field(default_factory=list)  # level lines, and what they mean
-    box: tuple[int, int, int, int] = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
-    size: tuple[int, int] = (WIDTH, HEIGHT)
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, top, right, bottom of where the curves are
+    size: tuple[int, int] = SIZE
 
 
 def chart(
@@ -64,6 +64,7 @@ def chart(
     lines: Sequence[Line],
     marks: Sequence[tuple[float, str]] = (),
     levels: Sequence[tuple[float, str]] = (),
+    size: tuple[int, int] = SIZE,
 ) -> Chart | None:
     """A chart over steps; None when no line has two points. ``marks`` are steps, ``levels`` values, each named."""
     lines = [line for line in lines if len(_defined(line)) > 1]
@@ -75,8 +76,10 @@ def chart(
     xs = (0.0 if 0 < xs[0] <= 0.05 * xs[1] else xs[0]), xs[1]  # a run begins at 0, its first loss is that of step 1
     ys = _padded([y for _, y in tidy] + [value for value, _ in levels])
 
+    box = (LEFT, TOP, size[0] - RIGHT, size[1] - BOTTOM)
+
     def place(x: float, y: float) -> tuple[float, float]:
-        return round(_map(x, xs, LEFT, WIDTH - RIGHT), 1), round(_map(y, ys, HEIGHT - BOTTOM, TOP), 1)
+        return round(_map(x, xs, box[0], box[2]), 1), round(_map(y, ys, box[3], box[1]), 1)
 
     return Chart(
         key=key,
@@ -84,9 +87,11 @@ def chart(
         described="; ".join(_described(line) for line in lines if not line.faint),
         curves=[_curve(line, place) for line in lines],
         x_ticks=[Tick(place(at, ys[0])[0], text) for at, text in ticks(*xs, 5)],
-        y_ticks=[Tick(place(xs[0], at)[1], text) for at, text in ticks(*ys, 4)],
+        y_ticks=[Tick(place(xs[0], at)[1], text) for at, text in ticks(*ys, 5)],
         marks=[(place(at, ys[0])[0], name) for at, name in marks if xs[0] <= at <= xs[1]],
         levels=[(place(xs[0], at)[1], name) for at, name in levels],
+        box=box,
+        size=size,
     )
 
 
@@ -121,10 +126,10 @@ def ticks(low: float, high: float, about: int) -> list[tuple[float, str]]:
 
 
 def _defined(line: Line) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in zip(line.x, line.y, strict=True) if _finite(x) and _finite(y)]  # type: ignore[misc]
+    return [(x, y) for x, y in zip(line.x, line.y, strict=True) if _finite(x) and _finite(y)]
 
 
-def _finite(value: Value) -> bool:
+def _finite(value: Value) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dreambooth.report.charts import Chart, Line, chart, smooth, thinned
+from dreambooth.report.charts import WIDE, Chart, Line, chart, smooth, thinned
 from dreambooth.report.page import REPORT
 from dreambooth.report.pictures import Album, Shot
 from dreambooth.report.read import RunData
@@ -52,7 +52,7 @@ def comparison_html(runs: Sequence[RunData], page: Path) -> str:
             run=run,
             href=quote(os.path.relpath(run.folder / REPORT, page.parent)),
             style=styles.get(place),
-            settings=[flatten(run.config).get(key, MISSING) for key in keys],
+            settings=[_setting(run, key) for key in keys],
             cells=[_cell(runs, run, score) for score in scores],
             pictures=_pictures(run, prompt, album),
         )
@@ -74,7 +74,11 @@ def differing(runs: Sequence[RunData]) -> list[str]:
     """
     trees = [flatten(run.config) for run in runs]
     keys = [key for key in dict.fromkeys(key for tree in trees for key in tree) if not key.startswith(FOLLOWS)]
-    keys = [key for key in keys if len({repr(tree.get(key, MISSING)) for tree in trees}) > 1]
+    keys = [
+        key
+        for key in keys
+        if not key.endswith("._partial_") and len({repr(tree.get(key, MISSING)) for tree in trees}) > 1
+    ]
     if all(run.changed is not None for run in runs):
         return [key for key in keys if any(_changed(run, key) for run in runs)]
     return [key for key in keys if not irrelevant(f"{key}=")]
@@ -87,10 +91,17 @@ def common_prompt(runs: Sequence[RunData]) -> str | None:
 
 
 def short_name(key: str, keys: Sequence[str]) -> str:
-    """The end of a key that no other one has: ``lr``, or ``optim.lr`` beside ``sched.lr``."""
+    """The end of a key that no other one has: ``lr``, or ``optim.lr`` beside ``sched.lr``; a card's group."""
+    key, keys = key.removesuffix("._target_"), [other.removesuffix("._target_") for other in keys]
     parts = key.split(".")
     ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
     return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
+
+
+def _setting(run: RunData, key: str) -> Any:
+    """The value of a key; of a card that makes something, what it makes."""
+    value = flatten(run.config).get(key, MISSING)
+    return str(value).rpartition(".")[2] if key.endswith("._target_") else value
 
 
 def _changed(run: RunData, key: str) -> bool:
@@ -132,6 +143,6 @@ def _plot(runs: Sequence[RunData]) -> tuple[Chart | None, dict[int, str]]:
         title = "Loss over the steps, smoothed"
     styles = {place: f"c{place % STYLES + 1}" + (" dashed" if place >= STYLES else "") for place in range(len(runs))}
     lines = [Line(name, styles[place], x, y, dots=True) for place, (name, x, y) in enumerate(likeness)]
-    plot = chart("overlay", title, lines)
+    plot = chart("overlay", title, lines, size=WIDE)
     drawn = {place for place, (_, _, y) in enumerate(likeness) if sum(map(is_number, y)) > 1}
     return plot, {place: style for place, style in styles.items() if place in drawn}

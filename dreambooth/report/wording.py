@@ -18,8 +18,8 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def span(interval: Sequence[float] | None) -> str:
-    """``0.651 to 0.712``; empty without an interval."""
-    return f"{number(interval[0])} to {number(interval[1])}" if interval else ""
+    """``0.651 to 0.712``, which a narrow column breaks behind the "to"; empty without an interval."""
+    return f"{number(interval[0])}\N{NO-BREAK SPACE}to {number(interval[1])}" if interval else ""
 
 
 def percent(share: float) -> str:
