@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
-SIZE, WIDE = (460, 250), (820, 340)
+SIZE, WIDE = (460, 250), (620, 290)
 LEFT, RIGHT, TOP, BOTTOM = 54, 18, 14, 26  # room for the numbers at the axes
 MOST_POINTS = 240
 Value = float | None
@@ -87,7 +87,7 @@ def chart(
         described="; ".join(_described(line) for line in lines if not line.faint),
         curves=[_curve(line, place) for line in lines],
         x_ticks=[Tick(place(at, ys[0])[0], text) for at, text in ticks(*xs, 5)],
-        y_ticks=[Tick(place(xs[0], at)[1], text) for at, text in ticks(*ys, 5)],
+        y_ticks=[Tick(place(xs[0], at)[1], text) for at, text in ticks(*ys, 6)],
         marks=[(place(at, ys[0])[0], name) for at, name in marks if xs[0] <= at <= xs[1]],
         levels=[(place(xs[0], at)[1], name) for at, name in levels],
         box=box,
