@@ -182,9 +182,7 @@ def _write_config(settings: Any, folder: Path) -> None:
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; lists and empty mappings are values."""
     if isinstance(node, dict) and node:
-        return {
-            key: value for name, child in node.items() for key, value in flatten(child, f"{prefix}.{name}").items()
-        }
+        return {key: value for name, child in node.items() for key, value in flatten(child, f"{prefix}.{name}").items()}
     return {prefix[1:]: node}
 
 
