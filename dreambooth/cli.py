@@ -23,6 +23,7 @@ TASKS: dict[str, str] = {
     "prepare": "dreambooth.tasks:prepare",
     "train": "dreambooth.tasks:train",
     "generate": "dreambooth.generation:generate",
+    "evaluate": "dreambooth.evaluation:evaluate",
     "pretrain": "dreambooth.pocket.pretrain:pretrain",
 }
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ def train(cfg: DictConfig) -> RunResult:
     by_epochs = counts_epochs(cfg)
     family, data = prepare_data(cfg)
     module = make_module(cfg, family)
+    callbacks = make_callbacks(cfg)
     run = open_run(cfg, Path(cfg.run_dir))
     if run.summary is not None:
         return RunResult(run.folder, run.summary)
-    callbacks = [build(node) for node in cfg.callbacks.values() if node is not None]
     trainer = make_trainer(cfg, run.folder, callbacks, max_steps=-1 if by_epochs else cfg.trainer.max_steps)
     if by_epochs:
         per_step = cfg.model.micro_batch_size * trainer.world_size * trainer.accumulate_grad_batches
@@ -92,6 +93,12 @@ def make_module(cfg: DictConfig, family: Family) -> DreamBoothModule:
         model.gradient_checkpointing,
         cfg.seed,
     )
+
+
+def make_callbacks(cfg: DictConfig) -> list[pl.Callback]:
+    """The callbacks of the tree in its order; one whose card is ``_partial_`` is given the whole tree."""
+    made = [build(node) for node in cfg.callbacks.values() if node is not None]
+    return [callback(cfg) if isinstance(callback, partial) else callback for callback in made]
 
 
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], max_steps: int) -> pl.Trainer:

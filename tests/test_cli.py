@@ -104,7 +104,8 @@ def test_a_misspelt_experiment_of_the_users_is_found(text, words, tmp_path, monk
 def test_torchrun_finds_one_folder_and_finds_it_again(tiny_sd, photos, tmp_path):
     settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null
         model.data.resolution=32 model.data.num_reg_images=2 model.data.sampler.inference_steps=2 trainer.max_steps=2
-        callbacks.sample_grid=null trainer.accelerator=cpu trainer.devices=2 strategy=ddp""".split()
+        callbacks.sample_grid=null callbacks.evaluate=null trainer.accelerator=cpu
+        trainer.devices=2 strategy=ddp""".split()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(LAUNCH), *settings]
     first, again = (
         subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, check=False) for _ in range(2)

@@ -37,6 +37,7 @@ def tiny_run(model: Path, photos: Path, folder: Path, *more: str) -> RunResult:
         "callbacks.sample_grid.prompts=[a dog,a photo of a sks dog on the beach]",
         "callbacks.sample_grid.every_n_train_steps=2",
         "callbacks.sample_grid.num_images_per_prompt=2",
+        "callbacks.evaluate=null",
         *(f"callbacks.sample_grid.{setting}" for setting in SAMPLER),
     ]
     return train(compose([*overrides, *more]))
