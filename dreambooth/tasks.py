@@ -108,6 +108,7 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], ma
         max_steps=max_steps,
         max_epochs=-1,
         default_root_dir=str(folder),
+        logger=[build(node)(save_dir=str(folder)) for node in cfg.logger.values()] if callbacks else False,
         callbacks=callbacks,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),

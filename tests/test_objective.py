@@ -86,3 +86,10 @@ def test_times_cover_every_level_once():
     assert t.dtype == torch.int64
     assert t.sort().values.tolist() == list(range(1000))
     assert objective.sample_t(torch.tensor([0.0, 1 - 2**-24, 1.0])).tolist() == [0, 999, 999]
+
+
+def test_losses_by_quarter_of_the_noise_levels():
+    objective = Diffusion(torch.linspace(0.99, 0.01, 8), "epsilon")
+    sums, counts = objective.by_quarter(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 1, 5, 7]))
+    assert sums.tolist() == [3.0, 0.0, 4.0, 8.0]
+    assert counts.tolist() == [2.0, 0.0, 1.0, 1.0]

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dreambooth.callbacks.loggers import tell
 from dreambooth.callbacks.sample_grid import on_device
 from dreambooth.config import build
 from dreambooth.evaluation import FOLDER, write
@@ -112,10 +113,7 @@ class Evaluate(pl.Callback):
                 with pl_module.averaged():
                     self._keep(pl_module, folder / BEST)
             write_curves(folder / CURVES, self.tradeoff.rows)
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {f"evaluate/{name}": value for name, value in row.items() if value is not None}, step
-                )
+            tell(trainer, {f"evaluate/{name}": value for name, value in row.items() if name != "step"}, step)
 
     def _draw(self, pl_module: Any, pictures: list[dict[str, Any]]) -> list[Image.Image]:
         pipeline, drawn = pl_module.family.to_pipeline(), []

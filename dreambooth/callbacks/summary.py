@@ -16,10 +16,11 @@ import torch
 
 from dreambooth import __version__
 from dreambooth.callbacks.evaluate import Evaluate
-from dreambooth.callbacks.metrics_csv import LOSSES, metrics_path, read_rows
+from dreambooth.callbacks.metrics_csv import metrics_path, read_rows
 from dreambooth.callbacks.sample_grid import SampleGrid, training_clock
 from dreambooth.evaluation import FOLDER, METRICS
 from dreambooth.files import atomic
+from dreambooth.module import LOSSES
 
 LAST_STEPS = 20
 PACKAGES = ("torch", "pytorch-lightning", "diffusers", "transformers", "hydra-core")
