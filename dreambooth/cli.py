@@ -24,6 +24,8 @@ TASKS: dict[str, str] = {
     "train": "dreambooth.tasks:train",
     "generate": "dreambooth.generation:generate",
     "evaluate": "dreambooth.evaluation:evaluate",
+    "benchmark": "dreambooth.benchmark.task:benchmark",
+    "identifier": "dreambooth.identifier:identifier",
     "pretrain": "dreambooth.pocket.pretrain:pretrain",
 }
 

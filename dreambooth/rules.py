@@ -29,6 +29,9 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "evaluate.photos": str,
     "evaluate.images": str,
     "evaluate.out_path": str,
+    "benchmark.subjects": list,
+    "benchmark.num_prompts": int,
+    "identifier.out_path": str,
     "infer.negative_prompt": str,
     "infer.out_path": str,
 }
@@ -50,7 +53,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
     (
         "at least 0",
         lambda value: value >= 0,
-        """seed infer.seed evaluate.seed callbacks.evaluate.seed callbacks.evaluate.drift_weight
+        """seed identifier.seed infer.seed evaluate.seed callbacks.evaluate.seed callbacks.evaluate.drift_weight
         callbacks.sample_grid.seed model.prior_loss_weight model.noise_offset
         model.sched.warmup_steps model.optim.weight_decay model.data.num_reg_images model.data.num_workers
         model.data.sampler.unconditional_guidance_scale callbacks.sample_grid.unconditional_guidance_scale
@@ -64,7 +67,10 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         callbacks.nan_guard.patience callbacks.checkpoint.every_n_train_steps callbacks.sample_grid.every_n_train_steps
         callbacks.sample_grid.num_images_per_prompt callbacks.sample_grid.resolution infer.num_images_per_prompt
         evaluate.num_images_per_prompt evaluate.num_class_images callbacks.evaluate.every_n_train_steps
-        callbacks.evaluate.num_images_per_prompt callbacks.evaluate.num_class_images callbacks.evaluate.patience""",
+        benchmark.num_prompts
+        benchmark.num_images_per_prompt benchmark.num_class_images identifier.candidates identifier.max_characters
+        identifier.num_images callbacks.evaluate.num_images_per_prompt
+        callbacks.evaluate.num_class_images callbacks.evaluate.patience""",
     ),
     ("at least 1, or -1 for no end", lambda value: value >= 1 or value == -1, "trainer.max_steps trainer.max_epochs"),
     ("at least 1, or -1 to keep all", lambda value: value >= 1 or value == -1, "callbacks.checkpoint.save_last_k"),
@@ -101,9 +107,10 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
     if values["model.with_prior_preservation"] and values["model.data.num_reg_images"] == 0:
         raise UserError("model.data.num_reg_images=0: type at least 1, or model.with_prior_preservation=false")
     _check_prompts(values)
-    if values["task"] in ("train", "prepare"):
+    benchmarked = values["task"] == "benchmark"
+    if values["task"] in ("train", "prepare") or benchmarked:
         for key, value in values.items():
-            if value == MISSING:
+            if value == MISSING and key.startswith("benchmark.") == benchmarked:
                 raise UserError(f"{key} is not set; type {key}=..., or take the shipped subject with model=pocket")
 
 

@@ -29,6 +29,8 @@ IRRELEVANT = (
     "task=prepare",
     "task=generate",
     "task=evaluate",
+    "task=identifier",
+    "identifier.*",
     "name=*",
     "resume=*",
     "hydra.*",

@@ -19,6 +19,7 @@ class Family(ABC):
     """
 
     scheduler: Any  # of diffusers, the checkpoint's own
+    tokenizer: Any  # of transformers, that of the first text encoder
     factor: int
     source: str
 
