@@ -55,9 +55,10 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         lambda value: value >= 0,
         """seed identifier.seed infer.seed evaluate.seed callbacks.evaluate.seed callbacks.evaluate.drift_weight
         callbacks.sample_grid.seed model.prior_loss_weight model.noise_offset
-        model.sched.warmup_steps model.optim.weight_decay model.data.num_reg_images model.data.num_workers
-        model.data.sampler.unconditional_guidance_scale callbacks.sample_grid.unconditional_guidance_scale
-        infer.unconditional_guidance_scale evaluate.unconditional_guidance_scale""",
+        model.sched.warmup_steps model.weighting.x0 model.optim.weight_decay model.data.num_reg_images
+        model.data.num_workers model.data.sampler.unconditional_guidance_scale
+        callbacks.sample_grid.unconditional_guidance_scale infer.unconditional_guidance_scale
+        evaluate.unconditional_guidance_scale""",
     ),
     (
         "at least 1",

@@ -65,8 +65,7 @@ class Evaluate(pl.Callback):
         self.seconds = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        folder = Path(trainer.default_root_dir)
-        self.tradeoff.rows = read_curves(folder / CURVES, trainer.global_step)
+        self._read(trainer)
         if trainer.global_step == 0:
             self._measure(trainer, pl_module)
             self._draw_set(trainer, pl_module, "before")
@@ -81,7 +80,7 @@ class Evaluate(pl.Callback):
     # Not on_train_end: Lightning skips it for a run that was killed after its last step and has nothing to train.
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         folder = Path(trainer.default_root_dir)
-        self.tradeoff.rows = read_curves(folder / CURVES, trainer.global_step)
+        self._read(trainer)
         if self._measured() != trainer.global_step:
             self._measure(trainer, pl_module)
         best = self.tradeoff.best()
@@ -92,6 +91,12 @@ class Evaluate(pl.Callback):
             self._restore(pl_module, folder / BEST)
         self._draw_set(trainer, pl_module, "after")
         self._write(folder / FOLDER, best, trainer.max_steps)
+
+    def _read(self, trainer: pl.Trainer) -> None:
+        """Take up the curves of this run; only the first rank reads, as it alone writes them."""
+        path = Path(trainer.default_root_dir) / CURVES
+        rows = read_curves(path, trainer.global_step) if trainer.is_global_zero else []
+        self.tradeoff.rows = trainer.strategy.broadcast(rows)
 
     def _measured(self) -> int | None:
         return self.tradeoff.rows[-1]["step"] if self.tradeoff.rows else None
