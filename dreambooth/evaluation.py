@@ -48,8 +48,8 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
     if cfg.evaluate.images is not None:
         return _evaluate_folder(cfg)
     source, resolution = find_model(str(cfg.infer.model))
-    run = Path(str(cfg.infer.model)).expanduser()
-    run = run if (run / CONFIG).exists() else None
+    model = Path(str(cfg.infer.model)).expanduser()
+    run = model if (model / CONFIG).exists() else None
     cfg = cfg if run is None else settings_of_run(cfg, run)
     subject, suite = measure.Subject.of(cfg), build(cfg.metrics)
     suite.move(pick_device(cfg.trainer.accelerator))
