@@ -106,7 +106,7 @@ def write(folder: Path, suite: Suite, rows: Sequence[Row], **more: Any) -> Evalu
 
 
 def _pictures(cfg: DictConfig, family: Family, resolution: int | None) -> list[dict[str, Any]]:
-    side = resolution or family.networks["unet"].config.sample_size * family.factor
+    side = resolution or family.default_resolution
     return describe(measure.wanted(cfg.evaluate), cfg.evaluate, str(cfg.infer.model), family.fingerprint(), side)
 
 
