@@ -48,8 +48,8 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
     if cfg.evaluate.images is not None:
         return _evaluate_folder(cfg)
     source, resolution = find_model(str(cfg.infer.model))
-    run = Path(str(cfg.infer.model)).expanduser()
-    run = run if (run / CONFIG).exists() else None
+    model = Path(str(cfg.infer.model)).expanduser()
+    run = model if (model / CONFIG).exists() else None
     cfg = cfg if run is None else settings_of_run(cfg, run)
     subject, suite = measure.Subject.of(cfg), build(cfg.metrics)
     suite.move(pick_device(cfg.trainer.accelerator))
@@ -106,7 +106,7 @@ def write(folder: Path, suite: Suite, rows: Sequence[Row], **more: Any) -> Evalu
 
 
 def _pictures(cfg: DictConfig, family: Family, resolution: int | None) -> list[dict[str, Any]]:
-    side = resolution or family.networks["unet"].config.sample_size * family.factor
+    side = resolution or family.default_resolution
     return describe(measure.wanted(cfg.evaluate), cfg.evaluate, str(cfg.infer.model), family.fingerprint(), side)
 
 

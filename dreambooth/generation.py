@@ -40,7 +40,7 @@ def generate(cfg: DictConfig) -> list[Path]:
     same = source == cfg.model.from_pretrained
     family = build(cfg.model.family, from_pretrained=source, **({} if same else {"revision": None, "variant": None}))
     size = infer.num_images_per_prompt
-    resolution = resolution or family.networks["unet"].config.sample_size * family.factor
+    resolution = resolution or family.default_resolution
     wanted = [(prompt, size) for prompt in prompts]
     pictures = describe(wanted, infer, str(infer.model), family.fingerprint(), resolution)
     folder = choose_folder(cfg, pictures)

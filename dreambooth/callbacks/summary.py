@@ -77,7 +77,7 @@ class Summary(pl.Callback):
         }
 
 
-def spent(trainer: Any, kind: type) -> float:
+def spent(trainer: Any, kind: type[SampleGrid | Evaluate]) -> float:
     """Seconds that the callbacks of a kind took in this process."""
     return sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, kind))
 

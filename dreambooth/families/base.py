@@ -27,6 +27,11 @@ class Family(ABC):
         self.networks = networks
         self._fingerprints: dict[str, str] = {}
 
+    @property
+    @abstractmethod
+    def default_resolution(self) -> int:
+        """Pixels a side of the pictures that the checkpoint was made for."""
+
     @abstractmethod
     def encode_pictures(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] to moments (B, 2C, h, w): mean and log variance, float32."""

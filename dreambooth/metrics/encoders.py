@@ -7,7 +7,7 @@ are computed from. A name without a path is looked up in the hub's cache, and do
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
@@ -23,6 +23,7 @@ from torchvision import transforms
 from dreambooth.errors import UserError
 
 BATCH = 16
+Backbone = Literal["alex", "vgg", "squeeze"]  # of LPIPS
 log = logging.getLogger(__name__)
 
 
@@ -95,7 +96,7 @@ class TimmViT:
         return in_batches(self.model, lambda batch: F.normalize(self.model(batch), dim=-1), rows)
 
 
-def lpips(net: str = "alex", backbone_path: str | None = None) -> "Lpips | None":
+def lpips(net: Backbone = "alex", backbone_path: str | None = None) -> "Lpips | None":
     """LPIPS, or None (DIV is then null) while nobody has said where its backbone lies."""
     if backbone_path is None:
         log.info("div is left out: metrics.encoders.lpips.backbone_path names no weights of torchvision's %s", net)
@@ -111,7 +112,7 @@ class Lpips:
     not say which backbone its DIV used.
     """
 
-    def __init__(self, net: str, backbone_path: str, side: int = 256):
+    def __init__(self, net: Backbone, backbone_path: str, side: int = 256):
         self.name, key = f"LPIPS {net}", "metrics.encoders.lpips.backbone_path"
         self.model = _LPIPS(pretrained=True, net=net, pnet_rand=True).eval().requires_grad_(False)
         _fill(self.model.net, _found(lambda: read_weights(backbone_path), f"{key}={backbone_path}", key))

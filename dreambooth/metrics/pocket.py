@@ -1,6 +1,7 @@
 """The pocket model's encoders: the image-text model and the ViT that ship with it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,5 +67,5 @@ class PocketLpips:
 
     def _tokens(self, pixels: Tensor) -> Tensor:
         """(B, blocks, patches, channels) unit tokens."""
-        blocks = self.model.forward_intermediates(pixels, output_fmt="NLC", intermediates_only=True)
+        blocks: Any = self.model.forward_intermediates(pixels, output_fmt="NLC", intermediates_only=True)
         return F.normalize(torch.stack(blocks, dim=1), dim=-1)

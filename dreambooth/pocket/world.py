@@ -193,7 +193,14 @@ class _Pose:
         return [cx - rx, cy - ry, cx + rx, cy + ry]
 
 
-def _primitive(pen: ImageDraw.ImageDraw, pose: _Pose, kind: str, numbers: tuple[float, ...], fill, grow: float) -> None:
+def _primitive(
+    pen: ImageDraw.ImageDraw,
+    pose: _Pose,
+    kind: str,
+    numbers: tuple[float, ...],
+    fill: tuple[int, ...] | int,
+    grow: float,
+) -> None:
     if kind == "ellipse":
         x, y, rx, ry = numbers
         pen.ellipse(pose.box(x, y, rx + grow, ry + grow), fill=fill)
