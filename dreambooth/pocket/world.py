@@ -7,7 +7,6 @@ is something that the base model cannot be asked for in words.
 
 import colorsys
 from dataclasses import dataclass, replace
-from functools import cache
 from random import Random
 
 from PIL import Image, ImageDraw
@@ -68,7 +67,6 @@ class Scene:
     context: str
     colour: str | None
     seed: int  # of the background and the pose
-    name: str | None = None  # of a member of the cast
 
     def caption(self, rng: Random) -> str:
         """A caption that names the class and, each three times in four, the colour and the context.
@@ -80,8 +78,6 @@ class Scene:
             words.append(rng.choice(FILLERS))
         if self.colour and rng.random() < 0.75:
             words.append(self.colour)
-        if self.name:
-            words.append(self.name)
         words.append(self.figure.noun)
         if rng.random() < 0.75:
             words.append(CONTEXTS[self.context])
@@ -106,15 +102,14 @@ def _near(colour: RGB, rng: Random) -> RGB:
 
 @dataclass(frozen=True)
 class Odds:
-    """How often a scene shows one of the cast, and a random figure a colour with a name, marks, and a garment."""
+    """How often a random figure has a colour with a name, marks, and a garment."""
 
-    cast: float = 0.0
     named: float = 0.8
     marks: float = 0.35
     garment: float = 0.3
 
 
-PLAIN, RICH = Odds(), Odds(cast=0.4, named=0.5, marks=0.7, garment=0.65)
+PLAIN, RICH = Odds(), Odds(named=0.5, marks=0.7, garment=0.65)
 
 
 def random_figure(rng: Random, noun: str | None = None, colour: str | None = None, odds: Odds = PLAIN) -> Figure:
@@ -133,26 +128,8 @@ def random_figure(rng: Random, noun: str | None = None, colour: str | None = Non
     )
 
 
-@cache
-def cast(count: int = 100) -> tuple[tuple[str, Figure], ...]:
-    """Individuals with names, whom the base knows as Stable Diffusion knows celebrities: in every place, by one word.
-
-    So it has learned that a word can mean one individual wherever that stands, and a new word needs only be attached.
-    """
-    rng = Random("cast")
-    names = sorted(
-        {"".join(rng.choice("bdfgklmnprtvz") + rng.choice("aeiou") for _ in range(3)) for _ in range(2 * count)}
-    )
-    chosen = rng.sample(names, count)
-    nouns = tuple(CLASSES)
-    return tuple((name, random_figure(rng, nouns[i % len(nouns)], odds=RICH)) for i, name in enumerate(chosen))
-
-
 def random_scene(rng: Random, odds: Odds = PLAIN) -> Scene:
     """A scene for the base model's training; by the plain odds one figure in five has a colour without a name."""
-    if odds.cast and rng.random() < odds.cast:
-        name, figure = rng.choice(cast())
-        return Scene(figure, rng.choice(tuple(CONTEXTS)), None, rng.randrange(1 << 31), name)
     colour = rng.choice(tuple(COLOURS)) if rng.random() < odds.named else None
     return Scene(
         random_figure(rng, colour=colour, odds=odds), rng.choice(tuple(CONTEXTS)), colour, rng.randrange(1 << 31)
