@@ -26,6 +26,7 @@ TASKS: dict[str, str] = {
     "evaluate": "dreambooth.evaluation:evaluate",
     "benchmark": "dreambooth.benchmark.task:benchmark",
     "identifier": "dreambooth.identifier:identifier",
+    "report": "dreambooth.report.task:report",
     "pretrain": "dreambooth.pocket.pretrain:pretrain",
 }
 

@@ -6,6 +6,8 @@ nodes are instantiated with ``build``, which lets a UserError through as it is.
 """
 
 import re
+import shlex
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from dreambooth.errors import UserError
 _HERE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())  # wheel, or checkout
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+_COMMANDS: dict[int, str] = {}  # of the settled trees that are alive, by identity: the tree itself stays the settings
 
 
 def compose(overrides: list[str] | None = None) -> DictConfig:
@@ -55,7 +58,17 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
     source = f"experiment={choices.get('experiment')}: " if choices.get("experiment") else ""
     rules.check(_plain(cfg), _plain(cards), source)
     OmegaConf.set_readonly(cfg, True)
+    _COMMANDS[id(cfg)] = _command(hydra_node)
+    weakref.finalize(cfg, _COMMANDS.pop, id(cfg), None)
     return cfg
+
+
+def command_of(cfg: DictConfig) -> str | None:
+    """The ``dreambooth …`` line, quoted for a shell, that a tree was composed from; None for a copy of one.
+
+    It is the same line whether the tree came from the command, from a launcher or from ``compose``.
+    """
+    return _COMMANDS.get(id(cfg))
 
 
 def build(node: DictConfig, *args: Any, **kwargs: Any) -> Any:
@@ -104,6 +117,15 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.]+", "-", str(text)).strip("-."), replace=True)
     OmegaConf.register_new_resolver("subject", lambda name: str(SUBJECTS / name), replace=True)
+
+
+def _command(hydra_node: Any) -> str:
+    cards = [
+        f"--config-dir={each.path}" for each in hydra_node.runtime.config_sources if each.provider == "command-line"
+    ]
+    # Hydra adds its mode, and a sweep its folders, to what was typed about Hydra itself.
+    typed = [one for one in hydra_node.overrides.hydra if not re.match(r"[+~]*hydra[./](mode|sweep|launcher)", one)]
+    return shlex.join(["dreambooth", *cards, *hydra_node.overrides.task, *typed])
 
 
 def _plain(cfg: DictConfig) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from dreambooth.nearest import nearest, nearest_key
 
 MISSING = "???"
 TEXT_OR_LIST = ("infer.prompts", "evaluate.prompts", "callbacks.sample_grid.prompts")
+ONE_OR_MANY = ("report.runs",)
 ANYTHING = ("trainer.devices", "trainer.strategy", "trainer.logger")  # Lightning takes several kinds
 NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "trainer.max_steps": int,
@@ -34,6 +35,7 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "identifier.out_path": str,
     "infer.negative_prompt": str,
     "infer.out_path": str,
+    "report.out_path": str,
 }
 SAMPLERS = ("DDIM", "PLMS", "DPM", "EULER")
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
@@ -144,7 +146,7 @@ def _check_kind(key: str, value: Any, card: Any) -> None:
         bool: isinstance(value, bool),
         int: number and isinstance(value, int),
         float: number,
-        str: isinstance(value, str) or number,
+        str: isinstance(value, str) or number or (key in ONE_OR_MANY and isinstance(value, list)),
         list: isinstance(value, list) or (key in TEXT_OR_LIST and isinstance(value, str)),
         object: True,
     }

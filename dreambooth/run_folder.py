@@ -31,6 +31,7 @@ IRRELEVANT = (
     "task=evaluate",
     "task=identifier",
     "identifier.*",
+    "task=report",
     "name=*",
     "resume=*",
     "hydra.*",
@@ -40,6 +41,9 @@ IRRELEVANT = (
     "infer=*",
     "evaluate.images=*",
     "evaluate.out_path=*",
+    "report.*",
+    "report=*",
+    "callbacks.report*",
     "callbacks.checkpoint*",
     "callbacks.progress*",
     "callbacks/progress*",
@@ -51,7 +55,7 @@ IRRELEVANT = (
 )
 GOALS = ("trainer.max_steps", "trainer.max_epochs")  # may be raised in a folder that exists
 FOLDER_VARIABLE = "DREAMBOOTH_RUN_FOLDER"  # tells the processes that Lightning starts what rank 0 decided
-CONFIG = "config.yaml"
+CONFIG, OVERRIDES = "config.yaml", "overrides.yaml"
 MISSING = "(absent)"
 RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -80,7 +84,7 @@ def run_id(override_dirname: str) -> str:
     if launched != "none" and not RANDOM_ID.fullmatch(launched):
         return launched
     overrides = re.split(r",(?=~|[+]*[A-Za-z_][\w./@]*=)", override_dirname)
-    relevant = sorted({override for override in overrides if not _irrelevant(override.lstrip("+~"))})
+    relevant = sorted({override for override in overrides if not irrelevant(override.lstrip("+~"))})
     return hashlib.blake2b("\n".join(relevant).encode(), digest_size=4).hexdigest()
 
 
@@ -143,7 +147,8 @@ def _claim(cfg: DictConfig, folder: Path) -> Run:
     return Run(folder)
 
 
-def _irrelevant(setting: str) -> bool:
+def irrelevant(setting: str) -> bool:
+    """Whether a ``key=value`` leaves the trained weights and the pictures as they are."""
     return any(fnmatchcase(setting, pattern) for pattern in IRRELEVANT)
 
 
@@ -154,8 +159,8 @@ def numbered(folder: Path) -> Iterator[Path]:
 
 
 def _begun(folder: Path) -> bool:
-    """Whether a run left anything beside its config: one that ended in an error before training holds no folder."""
-    others = (path.name for path in folder.glob("[!.]*") if path.name != CONFIG)
+    """Whether a run left anything beside its settings: one that ended in an error before training holds no folder."""
+    others = (path.name for path in folder.glob("[!.]*") if path.name not in (CONFIG, OVERRIDES))
     return (folder / CONFIG).exists() and any(others)
 
 
@@ -179,20 +184,19 @@ def _write_config(settings: Any, folder: Path) -> None:
         raise UserError(f"{error}: hydra.run.dir=DIR") from error
 
 
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists and empty mappings are values."""
     if isinstance(node, dict) and node:
-        return {
-            key: value for name, child in node.items() for key, value in _flatten(child, f"{prefix}.{name}").items()
-        }
+        return {key: value for name, child in node.items() for key, value in flatten(child, f"{prefix}.{name}").items()}
     return {prefix[1:]: node}
 
 
 def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """Settings that differ and count, as key → (old, new)."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
     pairs = {key: (before.get(key, MISSING), after.get(key, MISSING)) for key in {**before, **after}}
     return {
-        k: (a, b) for k, (a, b) in pairs.items() if a != b and not (_irrelevant(f"{k}={a}") or _irrelevant(f"{k}={b}"))
+        k: (a, b) for k, (a, b) in pairs.items() if a != b and not (irrelevant(f"{k}={a}") or irrelevant(f"{k}={b}"))
     }
 
 

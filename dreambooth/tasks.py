@@ -23,6 +23,7 @@ from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.module import DreamBoothModule
+from dreambooth.report.overrides import record
 from dreambooth.run_folder import is_rank_zero, open_run
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def train(cfg: DictConfig) -> RunResult:
     run = open_run(cfg, Path(cfg.run_dir))
     if run.summary is not None:
         return RunResult(run.folder, run.summary)
+    if is_rank_zero():
+        record(cfg, run.folder)
     trainer = make_trainer(cfg, run.folder, callbacks, max_steps=-1 if by_epochs else cfg.trainer.max_steps)
     if by_epochs:
         per_step = cfg.model.micro_batch_size * trainer.world_size * trainer.accumulate_grad_batches
