@@ -24,6 +24,7 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "callbacks.evaluate.every_n_train_steps": int,
     "callbacks.evaluate.patience": int,
     "callbacks.evaluate.max_drift": float,
+    "callbacks.evaluate.target": float,
     "metrics.encoders.dino.checkpoint_path": str,
     "metrics.encoders.lpips.backbone_path": str,
     "evaluate.negative_prompt": str,
@@ -86,7 +87,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
     (
         "above 0",
         lambda value: value > 0,
-        "callbacks.evaluate.max_drift trainer.gradient_clip_val model.weighting.gamma model.optim.lr model.optim.eps",
+        "callbacks.evaluate.max_drift callbacks.evaluate.target "
+        "trainer.gradient_clip_val model.weighting.gamma model.optim.lr model.optim.eps",
     ),
     ("between 0 and 1", lambda value: 0 < value < 1, "model.ema.decay"),
     ("two below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "model.optim.betas"),

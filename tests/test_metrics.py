@@ -253,6 +253,10 @@ def test_training_stops_when_likeness_has_stopped_rising_or_the_class_drifts():
     assert rows_of((0.1, 0.2), (0.5, 0.2), (0.5, 0.2), (0.6, 0.2)).verdict() is None
     assert "max_drift=0.5" in rows_of((0.1, 0.2), (0.5, 0.6)).verdict()
     assert rows_of().verdict() is None
+    learned = rows_of((0.1, 0.2), (0.66, 0.2))
+    assert learned.verdict() is None
+    learned.target = 0.69
+    assert "70% of the way to the photographs (callbacks.evaluate.target=0.69)" in learned.verdict()
 
 
 def test_a_tradeoff_without_a_ceiling_takes_the_last_step():

@@ -40,7 +40,7 @@ class Evaluate(pl.Callback):
         cfg: the whole tree (this callback's card is ``_partial_``).
         every_n_train_steps: null measures the base and the last step only, and keeps no best.
         num_images_per_prompt, num_class_images, seed: of the curves' pictures; their prompts are evaluate.prompts.
-        drift_weight, patience, max_drift: see ``Tradeoff``.
+        drift_weight, patience, max_drift, target: see ``Tradeoff``.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Evaluate(pl.Callback):
         drift_weight: float = 1.0,
         patience: int | None = 3,
         max_drift: float | None = 0.5,
+        target: float | None = None,
     ) -> None:
         self.final: dict[str, Any] = dict(OmegaConf.to_container(cfg.evaluate, resolve=True))  # type: ignore[arg-type]
         counts = {"num_images_per_prompt": num_images_per_prompt, "num_class_images": num_class_images, "seed": seed}
@@ -61,7 +62,7 @@ class Evaluate(pl.Callback):
         self.subject, self.suite = measure.Subject.of(cfg), build(cfg.metrics)
         measure.wanted(self.final)  # no prompt is an error now, not after the training
         photos = self.suite.summary(measure.score_photos(self.suite, self.subject))
-        self.tradeoff = Tradeoff(photos["dino"], drift_weight, patience, max_drift)
+        self.tradeoff = Tradeoff(photos["dino"], drift_weight, patience, max_drift, target)
         self.seconds = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -18,6 +18,7 @@ class Tradeoff:
         drift_weight: how much drift costs.
         patience: stop when fidelity has not risen in that many evaluations (None: never).
         max_drift: stop when drift passes it (None: never).
+        target: stop when fidelity reaches it (None: never).
     """
 
     def __init__(
@@ -26,8 +27,10 @@ class Tradeoff:
         drift_weight: float = 1.0,
         patience: int | None = 3,
         max_drift: float | None = 0.5,
+        target: float | None = None,
     ) -> None:
         self.real, self.weight, self.patience, self.max_drift = dino_real, drift_weight, patience, max_drift
+        self.target = target
         self.rows: list[dict[str, Any]] = []
 
     def add(self, step: int, means: dict[str, float | None]) -> dict[str, Any]:
@@ -59,6 +62,11 @@ class Tradeoff:
             return (
                 f"the class has gone {drift:.0%} of the way to the subject (more than callbacks.evaluate.max_drift="
                 f"{self.max_drift:g})"
+            )
+        if self.target is not None and shares and shares[-1] >= self.target:
+            return (
+                f"likeness has gone {shares[-1]:.0%} of the way to the photographs (callbacks.evaluate.target="
+                f"{self.target:g}): more steps would cost the rest of what the model knows"
             )
         if self.patience and len(shares) > self.patience + 1:
             before, since = max(shares[: -self.patience]), max(shares[-self.patience :])
