@@ -36,5 +36,5 @@ clean:  ## remove .venv, dist and caches; outputs/ stays
 	@touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,test,pretrain]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,test]"
 	@touch $@

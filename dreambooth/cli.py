@@ -23,6 +23,9 @@ TASKS: dict[str, str] = {
     "prepare": "dreambooth.tasks:prepare",
     "train": "dreambooth.tasks:train",
     "generate": "dreambooth.generation:generate",
+    "evaluate": "dreambooth.evaluation:evaluate",
+    "benchmark": "dreambooth.benchmark.task:benchmark",
+    "identifier": "dreambooth.identifier:identifier",
     "report": "dreambooth.report.task:report",
     "pretrain": "dreambooth.pocket.pretrain:pretrain",
 }

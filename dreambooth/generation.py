@@ -1,6 +1,5 @@
 """task=generate: numbered pictures of prompts, each with the settings that drew it, and a labelled grid."""
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -9,20 +8,16 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.config import build
-from dreambooth.data.progress import progress_bar
 from dreambooth.errors import UserError
-from dreambooth.families.base import Family
 from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
+from dreambooth.picture_files import describe, draw_missing, foreign_picture, missing, numbered_paths
 from dreambooth.run_folder import is_rank_zero, numbered
-from dreambooth.sampling import draw, picture_seed
 
 log = logging.getLogger(__name__)
 
-TEXT_CHUNK = "dreambooth"  # the PNG's text chunk that holds the settings as JSON
 GRID_ROWS = 50
 
 
@@ -44,19 +39,16 @@ def generate(cfg: DictConfig) -> list[Path]:
         return []
     same = source == cfg.model.from_pretrained
     family = build(cfg.model.family, from_pretrained=source, **({} if same else {"revision": None, "variant": None}))
-    pictures = describe(cfg, prompts, family, resolution or family.networks["unet"].config.sample_size * family.factor)
-    folder = choose_folder(cfg, pictures)
-    paths = [folder / f"{number:05d}.png" for number in range(len(pictures))]
     size = infer.num_images_per_prompt
-    rows = [slice(first, first + size) for first in range(0, len(paths), size)]
-    new = sum(not path.exists() for path in paths)
-    todo = [row for row in rows if not all(path.exists() for path in paths[row])]
-    if todo:
+    resolution = resolution or family.default_resolution
+    wanted = [(prompt, size) for prompt in prompts]
+    pictures = describe(wanted, infer, str(infer.model), family.fingerprint(), resolution)
+    folder = choose_folder(cfg, pictures)
+    if missing(folder, pictures):
         family.move(pick_device(cfg.trainer.accelerator))
-    with progress_bar(len(todo) * size, "drawing pictures", "picture") as bar:
-        for row in todo:
-            draw_row(family, paths[row], pictures[row])
-            bar.update(size)
+    new = draw_missing(family, folder, pictures, "drawing pictures")
+    paths = numbered_paths(folder, pictures)
+    rows = [slice(first, first + size) for first in range(0, len(paths), size)]
     shown = rows[:GRID_ROWS]
     with atomic(folder / "grid.png") as temporary:
         sheet = labelled_grid([[Image.open(path) for path in paths[row]] for row in shown], prompts[: len(shown)])
@@ -65,16 +57,16 @@ def generate(cfg: DictConfig) -> list[Path]:
     return paths
 
 
-def read_prompts(prompts: Any) -> list[str]:
+def read_prompts(prompts: Any, key: str = "infer.prompts") -> list[str]:
     """Prompts from one, a list of them, or the name of a text file with one a line; UserError without any."""
     texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
     if isinstance(prompts, str) and (prompts.endswith(".txt") or os.path.isfile(prompts)):
         try:
             texts = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"infer.prompts: {prompts} cannot be read ({error}); type a UTF-8 text file") from None
+            raise UserError(f"{key}: {prompts} cannot be read ({error}); type a UTF-8 text file") from None
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError("infer.prompts: there is no prompt, or an empty one; type infer.prompts='a photo of a sks dog'")
+        raise UserError(f"{key}: there is no prompt, or an empty one; type {key}='a photo of a sks dog'")
     return texts
 
 
@@ -96,30 +88,6 @@ def find_model(source: str) -> tuple[str, int | None]:
     return source, None
 
 
-def describe(cfg: DictConfig, prompts: list[str], family: Family, resolution: int) -> list[dict[str, Any]]:
-    """The settings of every picture, in the order of their numbers, as its file holds them."""
-    infer, weights = cfg.infer, family.fingerprint()
-    return [
-        {
-            "prompt": prompt,
-            "negative_prompt": infer.negative_prompt,
-            "model": str(infer.model),
-            "weights": weights,
-            "seed": infer.seed,
-            "prompt_index": index,
-            "picture_index": picture,
-            "picture_seed": picture_seed(infer.seed, index, picture),
-            "num_images_per_prompt": infer.num_images_per_prompt,
-            "inference_steps": infer.inference_steps,
-            "unconditional_guidance_scale": float(infer.unconditional_guidance_scale),
-            "sampler_type": infer.sampler_type,
-            "resolution": resolution,
-        }
-        for index, prompt in enumerate(prompts)
-        for picture in range(infer.num_images_per_prompt)
-    ]
-
-
 def choose_folder(cfg: DictConfig, pictures: list[dict[str, Any]]) -> Path:
     """The folder for these pictures: ``infer.out_path``, else the first ``generated`` folder that holds no others."""
     if cfg.infer.out_path is not None:
@@ -130,45 +98,6 @@ def choose_folder(cfg: DictConfig, pictures: list[dict[str, Any]]) -> Path:
     model = Path(str(cfg.infer.model)).expanduser()
     run = model if (model / "config.yaml").exists() else Path(cfg.run_dir)
     return next(folder for folder in numbered(run / "generated") if foreign_picture(folder, pictures) is None)
-
-
-def foreign_picture(folder: Path, pictures: list[dict[str, Any]]) -> Path | None:
-    """The first numbered picture in ``folder`` that has not the settings it would be drawn with."""
-    for number, settings in enumerate(pictures):
-        path = folder / f"{number:05d}.png"
-        if path.exists() and {**read_settings(path), "model": ""} != {**settings, "model": ""}:
-            return path
-    return None
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that a picture was drawn with; empty when it does not say."""
-    try:
-        with Image.open(path) as picture:
-            return dict(json.loads(picture.info[TEXT_CHUNK]))
-    except (OSError, SyntaxError, KeyError, ValueError):
-        return {}
-
-
-def draw_row(family: Family, paths: list[Path], pictures: list[dict[str, Any]]) -> None:
-    """Draw the pictures of one prompt together and write those that are missing."""
-    one = pictures[0]
-    drawn = draw(
-        family.to_pipeline(),
-        [picture["prompt"] for picture in pictures],
-        [picture["picture_seed"] for picture in pictures],
-        steps=one["inference_steps"],
-        guidance=one["unconditional_guidance_scale"],
-        sampler_type=one["sampler_type"],
-        negative_prompt=one["negative_prompt"],
-        resolution=one["resolution"],
-    )
-    for path, image, settings in zip(paths, drawn, pictures, strict=True):
-        if not path.exists():
-            chunks = PngInfo()
-            chunks.add_text(TEXT_CHUNK, json.dumps(settings))
-            with atomic(path) as temporary:
-                image.save(temporary, format="PNG", pnginfo=chunks)
 
 
 def pick_device(accelerator: str) -> torch.device:

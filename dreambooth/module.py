@@ -17,6 +17,9 @@ from dreambooth.families.base import Family
 from dreambooth.noise import gaussian, seed_of, stratified
 from dreambooth.objective import Diffusion, Weighting
 
+LOSSES = ("loss", "instance_loss", "prior_loss")
+QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
+
 
 def prior_loss(per_example: Tensor, is_prior: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """Total, instance and prior loss: mean over the instance + ``weight`` x mean over the class (0 if there is none).
@@ -36,7 +39,9 @@ class DreamBoothModule(pl.LightningModule):
 
     Registers only what learns (and its moving average ``ema``, if a callback keeps one), so neither checkpoints nor
     strategies see a frozen network. ``step_metrics`` holds the last optimizer step: loss, instance_loss, prior_loss
-    (means over accumulation and ranks), grad_norm (before clipping) and lr, as tensors that nobody has waited for.
+    (means over accumulation and ranks), loss_q1 to loss_q4 (of the examples in each quarter of the noise levels, from
+    the least noise to the most; NaN where there was none), grad_norm (before clipping) and lr, as tensors that nobody
+    has waited for.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class DreamBoothModule(pl.LightningModule):
         self.ema: nn.ParameterList | None = None
         self.step_metrics: dict[str, Tensor] = {}
         self._losses: list[Tensor] = []
+        self._quarters: list[Tensor] = []
         if gradient_checkpointing:
             for network in learned.values():
                 recompute_activations(network)
@@ -80,6 +86,7 @@ class DreamBoothModule(pl.LightningModule):
         per_example = self.objective.loss(pred, x0, noise, t, self.weighting)
         loss, instance, prior = prior_loss(per_example, batch["is_prior"], self.prior_loss_weight)
         self._losses.append(torch.stack([loss, instance, prior]).detach())
+        self._quarters.append(self.objective.by_quarter(per_example.detach(), t))
         return {"loss": loss, "per_example": per_example}
 
     def seed_dropout(self, batch: dict[str, Any]) -> None:
@@ -167,8 +174,10 @@ class DreamBoothModule(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()  # Lightning would keep the gradients, a copy of all weights, beside the next activations
         losses = self.trainer.strategy.reduce(torch.stack(self._losses).mean(0), reduce_op="mean")
+        sums, counts = self.trainer.strategy.reduce(torch.stack(self._quarters).sum(0), reduce_op="sum")
         self._losses.clear()
-        self.step_metrics = dict(zip(("loss", "instance_loss", "prior_loss"), losses, strict=True))
+        self._quarters.clear()
+        self.step_metrics = dict(zip(LOSSES, losses, strict=True)) | dict(zip(QUARTERS, sums / counts, strict=True))
         self.step_metrics |= {"grad_norm": self.grad_norm, "lr": torch.tensor(rate, dtype=torch.float64)}
 
     def learning(self) -> list[nn.Parameter]:

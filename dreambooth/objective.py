@@ -68,6 +68,12 @@ class Diffusion:
         snr = self.snr(t).clamp(min=2**-24)  # schedules rescaled to zero terminal SNR would give 0 / 0
         return loss * weighting(snr) / X0_WEIGHTS[self.prediction_type](snr)
 
+    def by_quarter(self, per_example: Tensor, t: Tensor) -> Tensor:
+        """(2, 4): sum and count of ``per_example`` (B,) in each quarter of the noise levels, least noise first."""
+        quarter = t * 4 // len(self.alphas_cumprod)
+        found = quarter[:, None] == torch.arange(4, device=t.device)
+        return torch.stack([torch.where(found, per_example[:, None], 0.0).sum(0), found.sum(0).to(per_example)])
+
     def _alpha(self, t: Tensor) -> Tensor:
         self.alphas_cumprod = self.alphas_cumprod.to(
             t.device

@@ -7,7 +7,7 @@ from dreambooth.errors import UserError
 from dreambooth.nearest import nearest, nearest_key
 
 MISSING = "???"
-TEXT_OR_LIST = ("infer.prompts", "callbacks.sample_grid.prompts")
+TEXT_OR_LIST = ("infer.prompts", "evaluate.prompts", "callbacks.sample_grid.prompts")
 ONE_OR_MANY = ("report.runs",)
 ANYTHING = ("trainer.devices", "trainer.strategy", "trainer.logger")  # Lightning takes several kinds
 NULLABLE: dict[str, type] = {  # null beside a value of this kind
@@ -21,6 +21,19 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "callbacks.sample_grid.every_n_train_steps": int,
     "model.data.cached_instance_dir": str,
     "model.data.cached_reg_dir": str,
+    "callbacks.evaluate.every_n_train_steps": int,
+    "callbacks.evaluate.patience": int,
+    "callbacks.evaluate.max_drift": float,
+    "callbacks.evaluate.target": float,
+    "metrics.encoders.dino.checkpoint_path": str,
+    "metrics.encoders.lpips.backbone_path": str,
+    "evaluate.negative_prompt": str,
+    "evaluate.photos": str,
+    "evaluate.images": str,
+    "evaluate.out_path": str,
+    "benchmark.subjects": list,
+    "benchmark.num_prompts": int,
+    "identifier.out_path": str,
     "infer.negative_prompt": str,
     "infer.out_path": str,
     "report.out_path": str,
@@ -35,16 +48,20 @@ CHOICES = {
     ),
     "model.data.sampler.sampler_type": SAMPLERS,
     "callbacks.sample_grid.sampler_type": SAMPLERS,
+    "evaluate.sampler_type": SAMPLERS,
     "infer.sampler_type": SAMPLERS,
+    "metrics.text": ("class", "identifier"),
 }  # fmt: skip
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of which keys
     (
         "at least 0",
         lambda value: value >= 0,
-        """seed infer.seed callbacks.sample_grid.seed model.prior_loss_weight model.noise_offset
-        model.sched.warmup_steps model.optim.weight_decay model.data.num_reg_images model.data.num_workers
-        model.data.sampler.unconditional_guidance_scale callbacks.sample_grid.unconditional_guidance_scale
-        infer.unconditional_guidance_scale""",
+        """seed identifier.seed infer.seed evaluate.seed callbacks.evaluate.seed callbacks.evaluate.drift_weight
+        callbacks.sample_grid.seed model.prior_loss_weight model.noise_offset
+        model.sched.warmup_steps model.weighting.x0 model.optim.weight_decay model.data.num_reg_images
+        model.data.num_workers model.data.sampler.unconditional_guidance_scale
+        callbacks.sample_grid.unconditional_guidance_scale infer.unconditional_guidance_scale
+        evaluate.unconditional_guidance_scale""",
     ),
     (
         "at least 1",
@@ -52,18 +69,25 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         """trainer.num_nodes trainer.accumulate_grad_batches trainer.log_every_n_steps model.micro_batch_size
         model.data.num_images_per_prompt model.data.resolution model.data.cached_variants model.data.train_data_repeats
         callbacks.nan_guard.patience callbacks.checkpoint.every_n_train_steps callbacks.sample_grid.every_n_train_steps
-        callbacks.sample_grid.num_images_per_prompt callbacks.sample_grid.resolution infer.num_images_per_prompt""",
+        callbacks.sample_grid.num_images_per_prompt callbacks.sample_grid.resolution infer.num_images_per_prompt
+        evaluate.num_images_per_prompt evaluate.num_class_images callbacks.evaluate.every_n_train_steps
+        benchmark.num_prompts
+        benchmark.num_images_per_prompt benchmark.num_class_images identifier.candidates identifier.max_characters
+        identifier.num_images callbacks.evaluate.num_images_per_prompt
+        callbacks.evaluate.num_class_images callbacks.evaluate.patience""",
     ),
     ("at least 1, or -1 for no end", lambda value: value >= 1 or value == -1, "trainer.max_steps trainer.max_epochs"),
     ("at least 1, or -1 to keep all", lambda value: value >= 1 or value == -1, "callbacks.checkpoint.save_last_k"),
     (
         "1 to 1000",
         lambda value: 1 <= value <= 1000,
-        "model.data.sampler.inference_steps callbacks.sample_grid.inference_steps infer.inference_steps",
+        "model.data.sampler.inference_steps callbacks.sample_grid.inference_steps infer.inference_steps "
+        "evaluate.inference_steps",
     ),
     (
         "above 0",
         lambda value: value > 0,
+        "callbacks.evaluate.max_drift callbacks.evaluate.target "
         "trainer.gradient_clip_val model.weighting.gamma model.optim.lr model.optim.eps",
     ),
     ("between 0 and 1", lambda value: 0 < value < 1, "model.ema.decay"),
@@ -88,9 +112,10 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
     if values["model.with_prior_preservation"] and values["model.data.num_reg_images"] == 0:
         raise UserError("model.data.num_reg_images=0: type at least 1, or model.with_prior_preservation=false")
     _check_prompts(values)
-    if values["task"] in ("train", "prepare"):
+    benchmarked = values["task"] == "benchmark"
+    if values["task"] in ("train", "prepare") or benchmarked:
         for key, value in values.items():
-            if value == MISSING:
+            if value == MISSING and key.startswith("benchmark.") == benchmarked:
                 raise UserError(f"{key} is not set; type {key}=..., or take the shipped subject with model=pocket")
 
 
@@ -98,7 +123,7 @@ def _walk(value: Any, card: Any, key: str, values: dict[str, Any], source: str, 
     if not isinstance(card, dict):
         values[key] = value
         return _check_kind(key, value, card)
-    if value is None and key.startswith("callbacks."):
+    if value is None and key.startswith(("callbacks.", "metrics.encoders.")):
         return None
     if not isinstance(value, dict):
         raise UserError(f"{key}={value}: {key} holds keys; a card is picked with {key.replace('.', '/')}={value}")

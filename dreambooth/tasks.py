@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,12 @@ def train(cfg: DictConfig) -> RunResult:
     by_epochs = counts_epochs(cfg)
     family, data = prepare_data(cfg)
     module = make_module(cfg, family)
+    callbacks = make_callbacks(cfg)
     run = open_run(cfg, Path(cfg.run_dir))
     if run.summary is not None:
         return RunResult(run.folder, run.summary)
     if is_rank_zero():
         record(cfg, run.folder)
-    callbacks = [build(node) for node in cfg.callbacks.values() if node is not None]
     trainer = make_trainer(cfg, run.folder, callbacks, max_steps=-1 if by_epochs else cfg.trainer.max_steps)
     if by_epochs:
         per_step = cfg.model.micro_batch_size * trainer.world_size * trainer.accumulate_grad_batches
@@ -97,6 +98,12 @@ def make_module(cfg: DictConfig, family: Family) -> DreamBoothModule:
     )
 
 
+def make_callbacks(cfg: DictConfig) -> list[pl.Callback]:
+    """The callbacks of the tree in its order; one whose card is ``_partial_`` is given the whole tree."""
+    made = [build(node) for node in cfg.callbacks.values() if node is not None]
+    return [callback(cfg) if isinstance(callback, partial) else callback for callback in made]
+
+
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], max_steps: int) -> pl.Trainer:
     """Lightning's Trainer, counting optimizer steps: the stream of pictures has no epochs of its own."""
     return build(
@@ -104,6 +111,7 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], ma
         max_steps=max_steps,
         max_epochs=-1,
         default_root_dir=str(folder),
+        logger=[build(node)(save_dir=str(folder)) for node in cfg.logger.values()] if callbacks else False,
         callbacks=callbacks,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),

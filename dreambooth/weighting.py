@@ -14,3 +14,13 @@ def uniform() -> None:
 def min_snr(snr: Tensor, gamma: float = 5.0) -> Tensor:
     """min(snr, gamma), of Hang et al. 2023 (https://arxiv.org/abs/2303.09556), eq. 10: ``snr`` (B,) to weights (B,)."""
     return snr.clamp(max=gamma)
+
+
+def blend(snr: Tensor, x0: float = 0.3) -> Tensor:
+    """snr + x0: the loss of the noise plus ``x0`` times the loss of x0, ``snr`` (B,) to weights (B,).
+
+    0 is what a model that predicts noise counts by, 1 what one that predicts v does, whose loss is the sum of the two
+    (Salimans and Ho 2022, https://arxiv.org/abs/2202.00512, section 4). Between them a v model learns less at the
+    noisiest levels, where there is more to see of the photos' backgrounds than of the subject.
+    """
+    return snr + x0

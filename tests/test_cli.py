@@ -104,7 +104,9 @@ def test_a_misspelt_experiment_of_the_users_is_found(text, words, tmp_path, monk
 def test_torchrun_finds_one_folder_and_finds_it_again(tiny_sd, photos, tmp_path):
     settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null
         model.data.resolution=32 model.data.num_reg_images=2 model.data.sampler.inference_steps=2 trainer.max_steps=2
-        callbacks.sample_grid=null trainer.accelerator=cpu trainer.devices=2 strategy=ddp""".split()
+        callbacks.sample_grid=null trainer.accelerator=cpu trainer.devices=2 strategy=ddp evaluate.prompts=[dog]
+        evaluate.num_images_per_prompt=1 evaluate.num_class_images=1 callbacks.evaluate.every_n_train_steps=1
+        callbacks.evaluate.num_images_per_prompt=1 callbacks.evaluate.num_class_images=1""".split()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(LAUNCH), *settings]
     first, again = (
         subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, check=False) for _ in range(2)
@@ -114,3 +116,4 @@ def test_torchrun_finds_one_folder_and_finds_it_again(tiny_sd, photos, tmp_path)
     assert first.stdout.splitlines()[-1] == again.stdout.splitlines()[-1] == str(folder)
     assert "is finished" in again.stdout
     assert len((folder / "metrics.csv").read_text().splitlines()) == 3
+    assert [row[0] for row in (folder / "curves.csv").read_text().splitlines()] == ["s", "0", "1", "2"]

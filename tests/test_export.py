@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth.callbacks.metrics_csv import COLUMNS, read_rows
 from dreambooth.config import compose
@@ -37,6 +38,7 @@ def tiny_run(model: Path, photos: Path, folder: Path, *more: str) -> RunResult:
         "callbacks.sample_grid.prompts=[a dog,a photo of a sks dog on the beach]",
         "callbacks.sample_grid.every_n_train_steps=2",
         "callbacks.sample_grid.num_images_per_prompt=2",
+        "callbacks.evaluate=null",
         *(f"callbacks.sample_grid.{setting}" for setting in SAMPLER),
     ]
     return train(compose([*overrides, *more]))
@@ -52,6 +54,17 @@ def finished(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResu
     return tiny_run(tiny_sd, photos, photos.parent / "run", *more)
 
 
+def test_tensorboard_is_told_every_nth_row_and_the_grids(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    more = ("trainer.max_steps=4", "trainer.log_every_n_steps=2")
+    run = tiny_run(tiny_sd, photos, tmp_path / "run", *more)
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses == {k: pytest.approx(float(rows_of(run.folder)[k - 1]["loss"])) for k in (2, 4)}
+    assert [event.step for event in events.Images("samples")] == [0, 2, 4]
+    silent = tiny_run(tiny_sd, photos, tmp_path / "silent", *more, "logger=none")
+    assert not (silent.folder / "tensorboard").exists()
+
+
 def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
 
@@ -59,13 +72,16 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 def test_a_run_leaves_what_the_contract_says(finished: RunResult, tiny_sd: Path) -> None:
     folder, summary = finished.folder, finished.summary
     assert {path.name for path in folder.iterdir()} == {
-        *("config.yaml", "metrics.csv", "samples", "checkpoints", "pipeline", "summary.json")
+        *("config.yaml", "metrics.csv", "samples", "checkpoints", "pipeline", "summary.json", "tensorboard")
     }
     assert sorted(path.stem for path in (folder / "samples").iterdir()) == [f"step_00000{k}" for k in (0, 2, 4, 5)]
     rows = rows_of(folder)
     assert list(rows[0]) == list(COLUMNS)
     assert [row["step"] for row in rows] == list("12345")
     assert {float(row["lr"]) for row in rows} == {1e-3}
+    for row in rows:  # four examples a step, one in each quarter of the noise levels
+        quarters = [float(row[f"loss_q{number}"]) for number in (1, 2, 3, 4)]
+        assert sum(quarters) / 4 == pytest.approx(float(row["loss"]), rel=1e-4)
     assert summary == json.loads((folder / "summary.json").read_text())
     assert list(summary) == [
         *("seconds", "steps", "resumed_from", "steps_per_second", "peak_memory_mb", "num_instance"),

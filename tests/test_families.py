@@ -61,8 +61,9 @@ def test_shapes_and_gradients(family):
 
 
 def test_agrees_with_its_pipeline(family):
-    """Embeddings, latents and predictions are what diffusers' own pipeline computes."""
+    """Embeddings, latents and the side of a picture are what diffusers' own pipeline computes."""
     pipeline = family.to_pipeline()
+    assert draw(pipeline).shape == (family.default_resolution, family.default_resolution, 3)
     embeds, _ = pipeline.encode_prompt("a dog", "cpu", 1, False)
     torch.testing.assert_close(family.encode_prompts(["a dog"])["prompt_embeds"], embeds)
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1

@@ -11,8 +11,9 @@ from PIL import Image
 
 from dreambooth.config import compose
 from dreambooth.errors import UserError
-from dreambooth.generation import generate, read_prompts, read_settings
+from dreambooth.generation import generate, read_prompts
 from dreambooth.grid import LABEL_WIDTH, labelled_grid
+from dreambooth.picture_files import read_settings
 from dreambooth.sampling import scheduler_for
 from tests.tiny import FACTOR, RESOLUTION, build_tiny_sd
 

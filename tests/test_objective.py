@@ -1,5 +1,7 @@
 """The objective as algebra, against diffusers' own schedulers."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
@@ -7,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDM
 from dreambooth.errors import UserError
 from dreambooth.noise import stratified
 from dreambooth.objective import Diffusion
+from dreambooth.weighting import blend
 
 TYPES = ("epsilon", "v_prediction", "sample")
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -50,6 +53,14 @@ def test_a_weight_means_the_same_for_every_target(prediction_type, pair):
     torch.testing.assert_close(loss, objective.snr(T).sqrt() * error, rtol=2e-3, atol=1e-6)
 
 
+def test_a_blend_reaches_from_the_loss_of_the_noise_to_that_of_v(pair):
+    x0, noise = pair
+    for prediction_type, share in (("epsilon", 0.0), ("v_prediction", 1.0)):
+        objective = Diffusion.from_scheduler(DDPMScheduler(**SD, prediction_type=prediction_type))
+        plain = objective.loss(0.9 * noise, x0, noise, T, None)
+        torch.testing.assert_close(objective.loss(0.9 * noise, x0, noise, T, partial(blend, x0=share)), plain)
+
+
 def test_loss_without_weight_is_the_mean_squared_error_in_float32(pair):
     x0, noise = pair
     pred = (noise * 0.9).bfloat16()
@@ -86,3 +97,10 @@ def test_times_cover_every_level_once():
     assert t.dtype == torch.int64
     assert t.sort().values.tolist() == list(range(1000))
     assert objective.sample_t(torch.tensor([0.0, 1 - 2**-24, 1.0])).tolist() == [0, 999, 999]
+
+
+def test_losses_by_quarter_of_the_noise_levels():
+    objective = Diffusion(torch.linspace(0.99, 0.01, 8), "epsilon")
+    sums, counts = objective.by_quarter(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 1, 5, 7]))
+    assert sums.tolist() == [3.0, 0.0, 4.0, 8.0]
+    assert counts.tolist() == [2.0, 0.0, 1.0, 1.0]

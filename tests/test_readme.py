@@ -62,7 +62,9 @@ def test_the_test_command_is_that_of_make_and_of_ci():
 def test_the_python_door(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
-    quick = '"trainer.max_steps=2", "model.data.num_reg_images=2", "callbacks.sample_grid=null"'
+    quick = (
+        '"trainer.max_steps=2", "model.data.num_reg_images=2", "callbacks.sample_grid=null", "callbacks.evaluate=null"'
+    )
     code = code.replace('"trainer.max_steps=20"', quick)
     code = code.replace('"infer.prompts', '"infer.inference_steps=2", "infer.prompts')
     names: dict = {}

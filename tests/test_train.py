@@ -37,6 +37,7 @@ def settings(tiny_sd: Path, photos: Path, tmp_path: Path) -> list[str]:
         "model.data.sampler.inference_steps=1",
         "model.micro_batch_size=1",
         "callbacks.sample_grid=null",
+        "callbacks.evaluate=null",
         "trainer.accelerator=cpu",
     ]
 

@@ -8,12 +8,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from dreambooth.callbacks.loggers import tell
 from dreambooth.callbacks.sample_grid import training_clock
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
+from dreambooth.module import LOSSES, QUARTERS
 
-LOSSES = ("loss", "instance_loss", "prior_loss")
-COLUMNS = ("step", *LOSSES, "lr", "grad_norm", "seconds")
+COLUMNS = ("step", *LOSSES, "lr", "grad_norm", *QUARTERS, "seconds")
 
 
 class Row(NamedTuple):
@@ -29,16 +30,18 @@ class MetricsCsv(pl.Callback):
     On a CPU a row is in the file when its step ends. On a GPU it is written one step later: the values travel while the
     next step is computed, so that the GPU never waits, at the price that a kill loses one row. It is never a row that a
     checkpoint builds upon: saving one writes the row first. A run that goes on from step k drops the rows after k.
+    The run's loggers are told every ``trainer.log_every_n_steps``-th row.
     """
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._pending: Row | None = None
+        self._trainer: pl.Trainer | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step, self._mark = trainer.global_step, training_clock(trainer)
         if trainer.is_global_zero:
-            self._path = metrics_path(trainer)
+            self._path, self._trainer = metrics_path(trainer), trainer
             rows = read_rows(self._path, trainer.global_step)
             with atomic(self._path) as temporary, temporary.open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in rows)])
@@ -75,9 +78,12 @@ class MetricsCsv(pl.Callback):
         if row.arrived is not None:
             row.arrived.synchronize()
         numbers = {name: f"{value.item():.8g}" for name, value in row.metrics.items()}
+        numbers |= {name: "" for name in QUARTERS if numbers[name] == "nan" and numbers["loss"] != "nan"}  # no example
         values = {**numbers, "step": row.step, "seconds": f"{row.seconds:.4f}"}
         with self._path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([values[name] for name in COLUMNS])
+        if self._trainer and row.step % self._trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            tell(self._trainer, {f"train/{name}": float(value) for name, value in numbers.items() if value}, row.step)
 
 
 def metrics_path(trainer: pl.Trainer) -> Path:

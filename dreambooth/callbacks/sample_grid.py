@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
+from dreambooth.callbacks.loggers import show
 from dreambooth.data.progress import progress_bar
 from dreambooth.families.base import Family
 from dreambooth.files import atomic
@@ -61,8 +62,10 @@ class SampleGrid(pl.Callback):
         began = time.perf_counter()
         with pl_module.averaged(), on_device(pl_module.family, trainer.strategy.root_device):
             rows = self._draw(pl_module.family)
+        grid = labelled_grid(rows, self.prompts)
         with atomic(path) as temporary:
-            labelled_grid(rows, self.prompts).save(temporary, format="PNG")
+            grid.save(temporary, format="PNG")
+        show(trainer, "samples", grid, trainer.global_step)
         self.seconds += time.perf_counter() - began
 
     def _draw(self, family: Family) -> list[list[Image.Image]]:
@@ -97,6 +100,5 @@ def on_device(family: Family, device: torch.device) -> Iterator[None]:
 
 
 def training_clock(trainer: Any) -> float:
-    """Seconds that stand still while samples are drawn."""
-    drawing = sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, SampleGrid))
-    return time.perf_counter() - drawing
+    """Seconds that stand still while samples are drawn and measured."""
+    return time.perf_counter() - sum(getattr(callback, "seconds", 0.0) for callback in trainer.callbacks)

@@ -15,9 +15,12 @@ import pytorch_lightning as pl
 import torch
 
 from dreambooth import __version__
-from dreambooth.callbacks.metrics_csv import LOSSES, metrics_path, read_rows
+from dreambooth.callbacks.evaluate import Evaluate
+from dreambooth.callbacks.metrics_csv import metrics_path, read_rows
 from dreambooth.callbacks.sample_grid import SampleGrid, training_clock
+from dreambooth.evaluation import FOLDER, METRICS
 from dreambooth.files import atomic
+from dreambooth.module import LOSSES
 
 LAST_STEPS = 20
 PACKAGES = ("torch", "pytorch-lightning", "diffusers", "transformers", "hydra-core")
@@ -53,13 +56,10 @@ class Summary(pl.Callback):
 
     def _summary(self, trainer: Any, pl_module: pl.LightningModule) -> dict[str, Any]:
         counts = dict(trainer.datamodule.counts)
-        sampled = sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, SampleGrid))
-        seconds = {
-            **counts.pop("seconds"),
-            "train": self._train,
-            "sample": sampled,
-            "total": time.time() - psutil.Process().create_time(),
-        }
+        seconds = {**counts.pop("seconds"), "train": self._train, "sample": spent(trainer, SampleGrid)}
+        if any(isinstance(callback, Evaluate) for callback in trainer.callbacks):
+            seconds["evaluate"] = spent(trainer, Evaluate)
+        seconds["total"] = time.time() - psutil.Process().create_time()
         rows = read_rows(metrics_path(trainer), trainer.global_step)[-LAST_STEPS:]
         losses = {name: [float(row[name]) for row in rows if row[name]] for name in LOSSES}
         return {
@@ -73,7 +73,18 @@ class Summary(pl.Callback):
             "versions": {"dreambooth": __version__, "python": platform.python_version()}
             | {package: version(package) for package in PACKAGES},
             "seed": pl_module.seed,
+            **_measured(Path(trainer.default_root_dir) / FOLDER / METRICS),
         }
+
+
+def spent(trainer: Any, kind: type[SampleGrid | Evaluate]) -> float:
+    """Seconds that the callbacks of a kind took in this process."""
+    return sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, kind))
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """``metrics``, ``best_step`` and ``stopped``, where the run was evaluated."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def peak_memory_mb(device: torch.device) -> float:

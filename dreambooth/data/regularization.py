@@ -44,12 +44,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        if {*IDENTITY, "seed", "num_images_per_prompt"} <= manifest.keys() and isinstance(manifest["slots"], list):
-            return manifest
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError, KeyError):
-        pass
+    except (OSError, ValueError):  # not readable, not text or not JSON: refused below, as JSON of another kind is
+        manifest = None
+    keys = {*IDENTITY, "seed", "num_images_per_prompt", "slots"}
+    if isinstance(manifest, dict) and keys <= manifest.keys() and isinstance(manifest["slots"], list):
+        return manifest
     raise UserError(f"{path} is no manifest; delete it to keep the pictures as your own, or delete {folder}")
 
 

@@ -19,12 +19,18 @@ class Family(ABC):
     """
 
     scheduler: Any  # of diffusers, the checkpoint's own
+    tokenizer: Any  # of transformers, that of the first text encoder
     factor: int
     source: str
 
     def __init__(self, networks: dict[str, nn.Module]):
         self.networks = networks
         self._fingerprints: dict[str, str] = {}
+
+    @property
+    @abstractmethod
+    def default_resolution(self) -> int:
+        """Pixels a side of the pictures that the checkpoint was made for."""
 
     @abstractmethod
     def encode_pictures(self, pixels: Tensor) -> Tensor:
@@ -58,13 +64,17 @@ class Family(ABC):
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write all networks as a diffusers folder, weights in ``dtype`` (None: as they are). See folder.export."""
 
-    def fingerprint(self, *names: str) -> str:
-        """16 hex digits of the weights of the named networks (all by default), as they were at the first call."""
+    def fingerprint(self, *names: str, fresh: bool = False) -> str:
+        """16 hex digits of the weights of the named networks (all by default).
+
+        As they were at the first call, when they are those of the source; ``fresh``: as they are now.
+        """
         digest = hashlib.sha256()
+        known = {} if fresh else self._fingerprints
         for name in sorted(names or self.networks):
-            if name not in self._fingerprints:
-                self._fingerprints[name] = hash_tensors(self.networks[name].state_dict())
-            digest.update(f"{name}={self._fingerprints[name]};".encode())
+            if name not in known:
+                known[name] = hash_tensors(self.networks[name].state_dict())
+            digest.update(f"{name}={known[name]};".encode())
         return digest.hexdigest()[:16]
 
     def move(self, device: torch.device | str, *names: str) -> None:

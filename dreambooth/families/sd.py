@@ -43,6 +43,10 @@ class StableDiffusion(Family):
         self.window = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         self._measured: set[str] = set()
 
+    @property
+    def default_resolution(self) -> int:
+        return self.unet.config.sample_size * self.factor
+
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> Tensor:
         posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist

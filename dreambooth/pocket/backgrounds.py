@@ -21,7 +21,12 @@ def paint(image: Image.Image, context: str, rng: Random) -> None:
 
 
 def _dots(
-    pen: ImageDraw.ImageDraw, rng: Random, count: int, box: tuple[int, int, int, int], radius: float, fill
+    pen: ImageDraw.ImageDraw,
+    rng: Random,
+    count: int,
+    box: tuple[int, int, int, int],
+    radius: float,
+    fill: tuple[int, int, int],
 ) -> None:
     for _ in range(count):
         x, y = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])

@@ -1,5 +1,7 @@
 """Gate (c): the denoiser, on cached latents and on the embeddings of the frozen text tower."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
@@ -99,7 +101,7 @@ class DenoiserStage(Stage):
         predicted = self.model(noisy, t, encoder_hidden_states=cond, return_dict=False)[0]
         return self.objective.loss(predicted, latents.to(self.device), noise.to(self.device), t, min_snr).mean()
 
-    def on_train_batch_end(self, *args) -> None:
+    def on_train_batch_end(self, *args: Any) -> None:
         self.average.update_parameters(self.model)
 
 

@@ -79,6 +79,6 @@ def triplet_accuracy(model: VisionTransformer, views: Tensor) -> float:
         keep = torch.arange(len(others)) != i // len(CLASSES)
         same = (f[i] @ f[i].T)[~torch.eye(v, dtype=torch.bool)].view(v, v - 1)
         different = f[i] @ others[keep].flatten(0, 1).T
-        right += (same[:, :, None] > different[:, None, :]).sum().item()
+        right += int((same[:, :, None] > different[:, None, :]).sum())
         total += same.numel() * different.shape[1]
     return right / total

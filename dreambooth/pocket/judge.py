@@ -41,7 +41,8 @@ class JudgeStage(Stage):
         pixels = pixels + 0.06 * torch.randn(pixels.shape, generator=g)
         labels = self.scenes.labels[index].to(self.device)
         parts = self.model(pixels.to(self.device)).split(SIZES, dim=1)
-        return sum(F.cross_entropy(part, labels[:, i], ignore_index=-1) for i, part in enumerate(parts))
+        losses = (F.cross_entropy(part, labels[:, i], ignore_index=-1) for i, part in enumerate(parts))
+        return sum(losses, start=torch.zeros((), device=self.device))
 
 
 @torch.no_grad()

@@ -10,11 +10,15 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from random import Random
+from typing import Any, TypeVar
 
+import open_clip
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.errors import UserError
 from dreambooth.families.sd import StableDiffusion
@@ -27,6 +31,7 @@ from dreambooth.pocket.stage import Stage, fit
 from dreambooth.pocket.world import RICH, draw, place, random_figure
 
 log = logging.getLogger(__name__)
+StageT = TypeVar("StageT", bound=Stage)
 GATES = {
     "judge_class": 0.98,
     "judge_colour": 0.98,
@@ -54,7 +59,7 @@ class _World:
         self.held_out = Scenes(settings.held_out, "held-out", self.folder)
         self.figures: dict[str, float] = {}
 
-    def fitted(self, make: Callable[[], Stage]) -> Stage:
+    def fitted(self, make: Callable[[], StageT]) -> StageT:
         torch.manual_seed(self.seed)  # initial weights
         stage = make().train()
         fit(stage, self.folder)
@@ -68,7 +73,7 @@ class _World:
         self.figures |= {name: round(value, 4) for name, value in figures.items()}
 
 
-def judge_gate(world: _World):
+def judge_gate(world: _World) -> nn.Sequential:
     """The classifier, and how often it is right on held-out drawings."""
     model = world.fitted(lambda: judge.JudgeStage(world.train, world.steps.judge, world.seed)).model
     seen = judge.verdicts(model, to_float(world.held_out.pixels))
@@ -76,7 +81,7 @@ def judge_gate(world: _World):
     return model
 
 
-def autoencoder_gate(world: _World, referee) -> tuple[AutoencoderKL, Tensor]:
+def autoencoder_gate(world: _World, referee: nn.Module) -> tuple[AutoencoderKL, Tensor]:
     """The autoencoder and the training scenes' moments: PSNR on held-out scenes, what the judge sees in them."""
     steps = world.steps
     model = world.fitted(lambda: autoencoder.AutoencoderStage(world.train, steps.autoencoder, world.seed)).model
@@ -89,14 +94,14 @@ def autoencoder_gate(world: _World, referee) -> tuple[AutoencoderKL, Tensor]:
     return model, moments
 
 
-def imagetext_gate(world: _World, tokenizer):
+def imagetext_gate(world: _World, tokenizer: CLIPTokenizer) -> open_clip.CLIP:
     """The image-text model: how often the right caption wins among those of 250 scenes."""
     stage = world.fitted(lambda: imagetext.ImageTextStage(world.train, tokenizer, world.steps.imagetext, world.seed))
     world.report(imagetext_accuracy=imagetext.accuracy(stage.model, tokenizer, world.held_out))
     return stage.model
 
 
-def eye_gate(world: _World):
+def eye_gate(world: _World) -> VisionTransformer:
     """The ViT: triplets of random individuals of one class, and of the ready subjects."""
     views = eye.individuals(world.steps.individuals, 4, "train")
     model = world.fitted(lambda: eye.EyeStage(views, world.steps.eye, world.seed)).model
@@ -107,7 +112,7 @@ def eye_gate(world: _World):
     return model
 
 
-def _subject_triplets(model) -> float:
+def _subject_triplets(model: VisionTransformer) -> float:
     """Each ready subject's photographs against drawings of random individuals of its class."""
     right = []
     for name, figure in ready.SUBJECTS.items():
@@ -121,7 +126,9 @@ def _subject_triplets(model) -> float:
     return torch.stack(right).mean().item()
 
 
-def denoiser_gate(world: _World, vae: AutoencoderKL, moments: Tensor, text_encoder, tokenizer):
+def denoiser_gate(
+    world: _World, vae: AutoencoderKL, moments: Tensor, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
     """The whole pipeline, with the average of the denoiser's weights.
 
     It learns words on plain figures, then individuals on rich ones: a base that has seen many marked, dressed figures
@@ -129,7 +136,7 @@ def denoiser_gate(world: _World, vae: AutoencoderKL, moments: Tensor, text_encod
     """
     scale = denoiser.scaling_factor(moments)
     vae.register_to_config(scaling_factor=scale)
-    shared = {"scale": scale, "text_encoder": text_encoder, "tokenizer": tokenizer, "seed": world.seed}
+    shared: dict[str, Any] = {"scale": scale, "text_encoder": text_encoder, "tokenizer": tokenizer, "seed": world.seed}
     stage = world.fitted(lambda: denoiser.DenoiserStage(world.train, moments, steps=world.steps.denoiser, **shared))
     start, moments = stage.average.module, autoencoder.moments_of(vae, world.rich.pixels)
     stage = world.fitted(
@@ -140,7 +147,9 @@ def denoiser_gate(world: _World, vae: AutoencoderKL, moments: Tensor, text_encod
     return denoiser.pipeline(vae, text_encoder, tokenizer, stage.average.module)
 
 
-def obeys(pipe, referee, every: int = 1, seed: int | str = "obeys") -> tuple[dict[str, float], Tensor]:
+def obeys(
+    pipe: StableDiffusionPipeline, referee: nn.Module, every: int = 1, seed: int | str = "obeys"
+) -> tuple[dict[str, float], Tensor]:
     """Shares of right class, colour and context over each ``every``-th of all 432 such prompts, and the pictures."""
     wanted = list(product(range(len(NOUNS)), range(len(HUES)), range(len(PLACES))))[::every]
     prompts = [f"a {HUES[hue]} {NOUNS[noun]} {CONTEXTS[PLACES[where]]}" for noun, hue, where in wanted]
@@ -148,7 +157,9 @@ def obeys(pipe, referee, every: int = 1, seed: int | str = "obeys") -> tuple[dic
     return judge.shares(judge.verdicts(referee, pixels), torch.tensor(wanted)), pixels
 
 
-def _ship(world: _World, pipe, networks: dict, folder: Path, command: str) -> None:
+def _ship(
+    world: _World, pipe: StableDiffusionPipeline, networks: dict[str, nn.Module], folder: Path, command: str
+) -> None:
     with tempfile.TemporaryDirectory(dir=world.folder) as temporary:
         pipe.save_pretrained(temporary)
         family = StableDiffusion(temporary)

@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dreambooth.noise import seed_of
@@ -17,7 +18,7 @@ from dreambooth.pocket.world import COLOURS, PLAIN, SIZE, Odds, Scene, draw, ran
 NOUNS, HUES, PLACES = tuple(CLASSES), tuple(COLOURS), tuple(CONTEXTS)
 
 
-def tensor_of(image) -> Tensor:
+def tensor_of(image: Image.Image) -> Tensor:
     """A PIL picture as (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

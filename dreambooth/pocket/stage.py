@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -18,21 +20,21 @@ from dreambooth.noise import generator
 from dreambooth.tasks import quieten
 
 
-class Stage(pl.LightningModule):
+class Stage(pl.LightningModule, ABC):
     """AdamW with warm-up and cosine decay around a loss that draws its own batch from (seed, step)."""
 
     def __init__(self, name: str, steps: int, lr: float, seed: int, weight_decay: float = 0.01):
         super().__init__()
         self.name, self.steps, self.lr, self.seed, self.weight_decay = name, steps, lr, seed, weight_decay
 
+    @abstractmethod
     def loss(self, g: torch.Generator) -> Tensor:
         """The scalar loss of a batch that is drawn with ``g``."""
-        raise NotImplementedError
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.loss(generator(self.seed, self.global_step, self.name))
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(
             [p for p in self.parameters() if p.requires_grad],
             lr=self.lr,

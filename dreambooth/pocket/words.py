@@ -52,7 +52,8 @@ def build() -> CLIPTokenizer:
     merges = _merges(trained)[: ENTRIES - len(symbols) - 2]
     entries = [*symbols, *dict.fromkeys(left + right for left, right in merges), START, END]
     vocabulary = {entry: index for index, entry in enumerate(entries)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=WINDOW)
+    # transformers says list[str] and hands the pairs on to tokenizers, which wants pairs
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=WINDOW)  # type: ignore[arg-type]
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:

@@ -1,0 +1,1 @@
+"""task=benchmark: a protocol over many subjects, as one command."""

@@ -1,0 +1,96 @@
+"""Which subjects a benchmark has, what is asked of each, and in what words."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import UserError
+
+LIVE = {"cat", "dog"}  # classes that get the paper's list for live subjects
+FILE = "prompts_and_classes.txt"
+POCKET_PROMPTS = (
+    *("a {0} {1} on the beach", "a {0} {1} in the snow", "a {0} {1} at night", "a {0} {1} on the grass"),
+    *("a {0} {1} in a room", "a {0} {1} in the city", "a photo of a {0} {1}", "a picture of a {0} {1} on the beach"),
+    *("a drawing of a {0} {1} in the snow", "a photo of a {0} {1} at night", "a picture of a {0} {1} in the city"),
+    "a drawing of a {0} {1}",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One subject: name, photos, class noun, and prompts with {0} for the identifier and {1} for the noun."""
+
+    name: str
+    photos: Path
+    noun: str
+    prompts: Sequence[str]
+
+    def settings(self, identifier: str, how: Any, folder: Path) -> dict[str, Any]:
+        """What a training of this subject changes in the tree, its run folder being ``folder``."""
+        subject = f"{identifier} {self.noun}"
+        data = {
+            "instance_dir": str(self.photos),
+            "instance_prompt": f"a photo of a {subject}",
+            "regularization_prompt": f"a photo of a {self.noun}",
+            "cached_instance_dir": str(folder / "latents"),
+        }
+        counts = {"num_images_per_prompt": how.num_images_per_prompt, "num_class_images": how.num_class_images}
+        prompts = [prompt.format(identifier, self.noun) for prompt in self.prompts]
+        return {
+            "task": "train",
+            "run_dir": str(folder),
+            "model": {"data": data},
+            "evaluate": {"prompts": prompts, **counts},
+        }
+
+
+def tasks_of(how: Any) -> list[Task]:
+    """The subjects of a ``benchmark`` node, in the order of their names.
+
+    Raises UserError for a folder without photos or prompts, and for a subject that it does not have.
+    """
+    found = _pocket() if how.folder == "pocket" else _folder(Path(str(how.folder)).expanduser())
+    if how.subjects is not None:
+        unknown = [name for name in how.subjects if name not in found]
+        if unknown:
+            raise UserError(f"benchmark.subjects: {', '.join(unknown)} not in {how.folder}; it has {', '.join(found)}")
+        found = {name: found[name] for name in sorted(how.subjects)}
+    cut = [Task(task.name, task.photos, task.noun, task.prompts[: how.num_prompts]) for task in found.values()]
+    if not cut:
+        raise UserError(f"benchmark.folder={how.folder}: no subject of {FILE} has a folder of photos there")
+    return cut
+
+
+def _pocket() -> dict[str, Task]:
+    from dreambooth.pocket import SUBJECTS
+    from dreambooth.pocket.ready import SUBJECTS as FIGURES
+
+    return {name: Task(name, SUBJECTS / name, FIGURES[name].noun, POCKET_PROMPTS) for name in sorted(FIGURES)}
+
+
+def _folder(folder: Path) -> dict[str, Task]:
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"benchmark.folder: {folder / FILE} cannot be read ({error}); name a folder in google/dreambooth's layout"
+        ) from None
+    classes, objects, live = parse(text)
+    if not classes or not objects or not live:
+        raise UserError(f"{folder / FILE} lacks its class table or a list of prompts; take google/dreambooth's file")
+    return {
+        name: Task(name, folder / name, noun, live if noun in LIVE else objects)
+        for name, noun in sorted(classes.items())
+        if (folder / name).is_dir()
+    }
+
+
+def parse(text: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """The class of each subject, the object prompts and the live prompts of a prompts_and_classes.txt."""
+    table, _, rest = text.partition("Object Prompts")
+    objects, _, live = rest.partition("Live Subject Prompts")
+    rows = (line.split(",") for line in table.splitlines() if line.count(",") == 1)
+    classes = {name.strip(): noun.strip() for name, noun in rows if name != "subject_name"}
+    return classes, re.findall(r"'(.*)'\.format", objects), re.findall(r"'(.*)'\.format", live)

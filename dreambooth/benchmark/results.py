@@ -1,0 +1,77 @@
+"""Rows of finished subjects, and the macro row beside the paper's Table 1."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import UserError
+from dreambooth.files import atomic
+from dreambooth.metrics.intervals import interval, mean
+from dreambooth.metrics.measure import read_scores
+
+log = logging.getLogger(__name__)
+NAMES = ("dino", "clip_i", "clip_t", "pres", "div", "copy")
+PAPER = {  # Table 1 of arXiv 2208.12242: DINO, CLIP-I, CLIP-T
+    "paper: real images": (0.774, 0.885, None),
+    "paper: DreamBooth (Imagen)": (0.696, 0.812, 0.306),
+    "paper: DreamBooth (Stable Diffusion)": (0.668, 0.803, 0.305),
+    "paper: Textual Inversion (Stable Diffusion)": (0.569, 0.780, 0.255),
+}
+
+
+def measured(folder: Path) -> dict[str, Any] | None:
+    """The metrics of a finished and readable run folder, else None."""
+    try:
+        read_scores(folder / "evaluation" / "scores.jsonl")
+        return json.loads((folder / "summary.json").read_text())["metrics"]
+    except (OSError, ValueError, KeyError, UserError):
+        return None
+
+
+def table(folders: dict[str, Path]) -> list[dict[str, Any]]:
+    """A row a finished subject, then their means (each subject counts once) with 95 % intervals, then the photos'."""
+    found = {name: metrics for name, folder in folders.items() if (metrics := measured(folder)) is not None}
+    rows = [{"subject": name, **_part(metrics["after"])} for name, metrics in found.items()]
+    for label, part in (("mean", "after"), ("mean of the untouched base", "before"), ("mean of the photos", "real")):
+        columns = {name: [metrics[part][name] for metrics in found.values()] for name in NAMES}
+        spreads = {f"{name}_interval": interval(values) for name, values in columns.items()}
+        rows.append({"subject": label, **{name: mean(values) for name, values in columns.items()}, **spreads})
+    return rows
+
+
+def _part(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: metrics.get(name) for name in NAMES}
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """benchmark.csv, benchmark.json and benchmark.md in ``folder``; the last one's text."""
+    with atomic(folder / "benchmark.csv") as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["subject", *NAMES], lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    with atomic(folder / "benchmark.json") as path:
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+    text = markdown(rows)
+    with atomic(folder / "benchmark.md") as path:
+        path.write_text(text + "\n")
+    return text
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows, and the paper's for comparison, as a markdown table."""
+    lines = ["| subject | " + " | ".join(NAMES) + " |", "|---" * (len(NAMES) + 1) + "|"]
+    for row in rows:
+        cells = [_cell(row[name], row.get(f"{name}_interval")) for name in NAMES]
+        lines.append(f"| {row['subject']} | " + " | ".join(cells) + " |")
+    for label, values in PAPER.items():
+        cells = [_cell(value, None) for value in (*values, None, None, None)]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, spread: list[float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f" ({spread[0]:.3f} to {spread[1]:.3f})" if spread else "")

@@ -1,0 +1,89 @@
+"""task=benchmark: train and measure every subject of a protocol, shared out over processes, resumable by subject."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dreambooth.benchmark import results
+from dreambooth.benchmark.protocol import tasks_of
+from dreambooth.errors import UserError
+from dreambooth.run_folder import FOLDER_VARIABLE
+from dreambooth.tasks import train
+
+log = logging.getLogger(__name__)
+# What a launcher tells its processes: each one trains subjects of its own, so Lightning is not to see a group.
+GROUP = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+)
+SLURM = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NAME")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where the subjects' run folders and the tables lie, and the rows of the tables."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+
+
+def benchmark(cfg: DictConfig) -> Benchmark:
+    """Train and measure each subject in ``<run folder>/<subject>``, then write benchmark.{csv,json,md} there.
+
+    The subjects are dealt out over ranks (torchrun, srun) and SLURM array tasks that share a run folder
+    (``hydra.run.dir=DIR``). The same command goes on where a killed one stopped; a finished subject whose scores cannot
+    be read is measured again, alone. Every process writes the tables of what is finished so far.
+
+    Raises UserError for a protocol without subjects or prompts, or an evaluation that is switched off.
+    """
+    if cfg.callbacks.evaluate is None:
+        raise UserError("callbacks.evaluate is null: task=benchmark measures; type callbacks/evaluate=default")
+    tasks, folder = tasks_of(cfg.benchmark), Path(cfg.run_dir)
+    shard, count = share()
+    for name in (*GROUP, *SLURM):
+        os.environ.pop(name, None)
+    mine = tasks[shard::count]
+    for number, task in enumerate(mine, 1):
+        log.info("%s (%d of %d here, %d in all)", task.name, number, len(mine), len(tasks))
+        place = folder / task.name
+        repair(place)
+        os.environ.pop(FOLDER_VARIABLE, None)  # each subject decides on a folder of its own
+        changes = task.settings(cfg.benchmark.identifier, cfg.benchmark, place)
+        tree: Any = OmegaConf.merge(cfg, changes)
+        OmegaConf.set_readonly(tree, True)
+        train(tree)
+    rows = results.table({task.name: folder / task.name for task in tasks})
+    text = results.write(folder, rows)
+    log.info("%d of %d subjects\n%s", len(rows) - 3, len(tasks), text)
+    return Benchmark(folder, rows)
+
+
+def share() -> tuple[int, int]:
+    """Which of how many equal shares this process has: ranks of a launcher, times the tasks of a SLURM array."""
+    env = os.environ
+    rank, world = (
+        int(env.get(a, env.get(b, c)))
+        for a, b, c in (("RANK", "SLURM_PROCID", "0"), ("WORLD_SIZE", "SLURM_NTASKS", "1"))
+    )
+    first = int(env.get("SLURM_ARRAY_TASK_MIN", 0))
+    step = int(env.get("SLURM_ARRAY_TASK_STEP", 1))
+    place = (int(env.get("SLURM_ARRAY_TASK_ID", first)) - first) // step
+    return place * world + rank, int(env.get("SLURM_ARRAY_TASK_COUNT", 1)) * world
+
+
+def repair(folder: Path) -> None:
+    """Let a finished subject whose scores cannot be read be measured again: without a summary it is not finished."""
+    if (folder / "summary.json").exists() and results.measured(folder) is None:
+        log.warning("%s has no readable scores: it is measured again", folder)
+        (folder / "summary.json").unlink()
+        (folder / "evaluation" / "scores.jsonl").unlink(missing_ok=True)

@@ -1,0 +1,198 @@
+"""Evaluation in training: curves, the best step, early stopping, and the final table."""
+
+import csv
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dreambooth.callbacks.loggers import tell
+from dreambooth.callbacks.sample_grid import on_device
+from dreambooth.config import build
+from dreambooth.evaluation import FOLDER, write
+from dreambooth.files import atomic
+from dreambooth.metrics import measure
+from dreambooth.metrics.tradeoff import COLUMNS, Tradeoff
+from dreambooth.picture_files import batches_of, describe, draw_batch, draw_missing, foreign_picture
+
+log = logging.getLogger(__name__)
+CURVES, BEST = "curves.csv", "checkpoints/best.safetensors"
+
+
+class Evaluate(pl.Callback):
+    """Measures the untouched base, then every ``every_n_train_steps``, and keeps the step of the best trade-off.
+
+    Writes ``curves.csv`` (a row an evaluation), ``checkpoints/best.safetensors`` (what learned, at the best step so
+    far), and at the end, with those weights in place, ``evaluation/``: the pictures of the ``evaluate`` node before and
+    after, ``scores.jsonl`` and ``metrics.json``. The pictures of the curves have other seeds than those of the table.
+
+    Only the first rank measures; all ranks stop together. ``seconds`` is the time spent here in this process.
+
+    Args:
+        cfg: the whole tree (this callback's card is ``_partial_``).
+        every_n_train_steps: null measures the base and the last step only, and keeps no best.
+        num_images_per_prompt, num_class_images, seed: of the curves' pictures; their prompts are evaluate.prompts.
+        drift_weight, patience, max_drift, target: see ``Tradeoff``.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        every_n_train_steps: int | None = 250,
+        num_images_per_prompt: int = 2,
+        num_class_images: int = 6,
+        seed: int = 1234,
+        drift_weight: float = 1.0,
+        patience: int | None = 3,
+        max_drift: float | None = 0.5,
+        target: float | None = None,
+    ) -> None:
+        self.final: dict[str, Any] = dict(OmegaConf.to_container(cfg.evaluate, resolve=True))  # type: ignore[arg-type]
+        counts = {"num_images_per_prompt": num_images_per_prompt, "num_class_images": num_class_images, "seed": seed}
+        self.curve = {**self.final, **counts}
+        self.every, self.resolution = every_n_train_steps, cfg.model.data.resolution
+        self.subject, self.suite = measure.Subject.of(cfg), build(cfg.metrics)
+        measure.wanted(self.final)  # no prompt is an error now, not after the training
+        photos = self.suite.summary(measure.score_photos(self.suite, self.subject))
+        self.tradeoff = Tradeoff(photos["dino"], drift_weight, patience, max_drift, target)
+        self.seconds = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._read(trainer)
+        if trainer.global_step == 0:
+            self._measure(trainer, pl_module)
+            self._draw_set(trainer, pl_module, "before")
+        self._stop_if_told(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: object) -> None:
+        step = trainer.global_step
+        if self.every and step % self.every == 0 and step != self._measured():
+            self._measure(trainer, pl_module)
+            self._stop_if_told(trainer)
+
+    # Not on_train_end: Lightning skips it for a run that was killed after its last step and has nothing to train.
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        folder = Path(trainer.default_root_dir)
+        self._read(trainer)
+        if self._measured() != trainer.global_step:
+            self._measure(trainer, pl_module)
+        best = self.tradeoff.best()
+        if not trainer.is_global_zero:
+            return
+        if best != trainer.global_step:
+            log.info("step %d has the best trade-off of likeness and drift: it is kept and exported", best)
+            self._restore(pl_module, folder / BEST)
+        self._draw_set(trainer, pl_module, "after")
+        self._write(folder / FOLDER, best, trainer.max_steps)
+
+    def _read(self, trainer: pl.Trainer) -> None:
+        """Take up the curves of this run; only the first rank reads, as it alone writes them."""
+        path = Path(trainer.default_root_dir) / CURVES
+        rows = read_curves(path, trainer.global_step) if trainer.is_global_zero else []
+        self.tradeoff.rows = trainer.strategy.broadcast(rows)
+
+    def _measured(self) -> int | None:
+        return self.tradeoff.rows[-1]["step"] if self.tradeoff.rows else None
+
+    def _measure(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """One row of the curves; the weights are kept when none before was better."""
+        folder, step = Path(trainer.default_root_dir), trainer.global_step
+        means = dict.fromkeys(COLUMNS[1:-1])
+        if trainer.is_global_zero:
+            with self._at_work(trainer, pl_module):
+                pictures = describe(measure.wanted(self.curve), self.curve, "", "", self.resolution)
+                rows = measure.picture_rows(Path("curve"), pictures)
+                means = self.suite.summary(
+                    measure.score(self.suite, rows, self._draw(pl_module, pictures), self.subject)
+                )
+        row = self.tradeoff.add(step, trainer.strategy.broadcast(means))
+        if trainer.is_global_zero:
+            if step and self.every and self.tradeoff.best() == step:
+                with pl_module.averaged():
+                    self._keep(pl_module, folder / BEST)
+            write_curves(folder / CURVES, self.tradeoff.rows)
+            tell(trainer, {f"evaluate/{name}": value for name, value in row.items() if name != "step"}, step)
+
+    def _draw(self, pl_module: Any, pictures: list[dict[str, Any]]) -> list[Image.Image]:
+        pipeline, drawn = pl_module.family.to_pipeline(), []
+        for batch in batches_of(pictures):
+            drawn += draw_batch(pipeline, [pictures[i] for i in batch])
+        return drawn
+
+    def _draw_set(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        with self._at_work(trainer, pl_module):
+            family = pl_module.family
+            pictures = describe(
+                measure.wanted(self.final), self.final, "", family.fingerprint(fresh=True), self.resolution
+            )
+            folder = Path(trainer.default_root_dir) / FOLDER / name
+            while (stale := foreign_picture(folder, pictures)) is not None:
+                stale.unlink()  # of the same run when its goal was nearer
+            draw_missing(family, folder, pictures, f"drawing the pictures {name}")
+
+    def _write(self, folder: Path, best: int, goal: int) -> None:
+        began = time.perf_counter()
+        rows = measure.score_photos(self.suite, self.subject)
+        pictures = describe(measure.wanted(self.final), self.final, "", "", self.resolution)
+        for name in ("before", "after"):
+            part = measure.picture_rows(folder / name, pictures)
+            rows += measure.score(self.suite, part, measure.open_all(folder, part), self.subject)
+        stopped = self.tradeoff.verdict() if self._measured() != goal else None
+        write(folder, self.suite, rows, best_step=best, stopped=stopped)
+        self.seconds += time.perf_counter() - began
+
+    def _stop_if_told(self, trainer: pl.Trainer) -> None:
+        reason = self.tradeoff.verdict()
+        if reason and trainer.global_step < trainer.max_steps:
+            log.info("stopping at step %d: %s", trainer.global_step, reason)
+            trainer.should_stop = True
+
+    @contextmanager
+    def _at_work(self, trainer: pl.Trainer, pl_module: Any) -> Iterator[None]:
+        """Averaged weights in place, networks and encoders on the device; the encoders rest on the CPU otherwise."""
+        began, device = time.perf_counter(), trainer.strategy.root_device
+        with pl_module.averaged(), on_device(pl_module.family, device):
+            self.suite.move(device)
+            yield
+            self.suite.move(torch.device("cpu"))
+        self.seconds += time.perf_counter() - began
+
+    def _keep(self, pl_module: Any, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary:
+            save_file({name: value.contiguous() for name, value in pl_module.learned.state_dict().items()}, temporary)
+
+    def _restore(self, pl_module: Any, path: Path) -> None:
+        """Put the kept weights in the place of both the last ones and their averages."""
+        pl_module.learned.load_state_dict(load_file(path))
+        for weight, average in zip(pl_module.learning(), pl_module.ema or [], strict=False):
+            average.data.copy_(weight.data)
+
+
+def read_curves(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The rows of the steps up to ``last_step``; those after it belong to a killed run and are measured again."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+    return [{**row, "step": int(row["step"])} for row in rows if row["step"] is not None and row["step"] <= last_step]
+
+
+def write_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows, under a temporary name first."""
+    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {k: "" if v is None else (v if k == "step" else repr(v)) for k, v in row.items()} for row in rows
+        )

@@ -1,0 +1,142 @@
+"""task=evaluate: the numbers of a run, of any pipeline, or of a folder of pictures."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from dreambooth.config import build
+from dreambooth.errors import UserError
+from dreambooth.families.base import Family
+from dreambooth.files import atomic, list_pictures, open_picture
+from dreambooth.generation import find_model, pick_device, read_prompts
+from dreambooth.metrics import measure
+from dreambooth.metrics.suite import Row, Suite
+from dreambooth.picture_files import describe, draw_missing, foreign_picture
+from dreambooth.run_folder import CONFIG, is_rank_zero, numbered
+
+log = logging.getLogger(__name__)
+FOLDER, SCORES, METRICS = "evaluation", "scores.jsonl", "metrics.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Where the scores lie, and what summary.json calls ``metrics``."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+def evaluate(cfg: DictConfig) -> Evaluation | None:
+    """Measure ``infer.model`` by the ``evaluate`` node, or the pictures of ``evaluate.images``; None on other ranks.
+
+    A run folder brings its own photos, prompts and base, whose pictures are the ``before``; of a pipeline folder or hub
+    id there is only an ``after``. Pictures that are there with the same settings are kept. Writes ``scores.jsonl`` (a
+    row a picture and a photograph) and ``metrics.json`` beside them, and the ``metrics`` of a run into its
+    summary.json.
+
+    Raises UserError for an unknown model, an empty folder, prompts and pictures of different number, or an encoder
+    that is not there.
+    """
+    if not is_rank_zero():
+        return None
+    if cfg.evaluate.images is not None:
+        return _evaluate_folder(cfg)
+    source, resolution = find_model(str(cfg.infer.model))
+    model = Path(str(cfg.infer.model)).expanduser()
+    run = model if (model / CONFIG).exists() else None
+    cfg = cfg if run is None else settings_of_run(cfg, run)
+    subject, suite = measure.Subject.of(cfg), build(cfg.metrics)
+    suite.move(pick_device(cfg.trainer.accelerator))
+    models = {"after": build(cfg.model.family, from_pretrained=source, revision=None, variant=None)}
+    if run is not None:
+        models = {"before": build(cfg.model.family), **models}
+    sets = {name: _pictures(cfg, family, resolution) for name, family in models.items()}
+    folder = choose_folder(cfg, run, sets)
+    rows = measure.score_photos(suite, subject)
+    for name, family in models.items():
+        family.move(pick_device(cfg.trainer.accelerator))
+        draw_missing(family, folder / name, sets[name], f"drawing the pictures {name}")
+        part = measure.picture_rows(folder / name, sets[name])
+        rows += measure.score(suite, part, measure.open_all(folder, part), subject)
+        family.move("cpu")
+    found = write(folder, suite, rows)
+    if run is not None and folder == run / FOLDER:
+        _into_summary(run, found.metrics)
+    return found
+
+
+def settings_of_run(cfg: DictConfig, run: Path) -> DictConfig:
+    """The run's own settings, with the command's word on what is measured: ``evaluate`` refers to the run's data."""
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    asked = {key: raw[key] for key in ("evaluate", "metrics", "infer", "trainer")}
+    own: Any = OmegaConf.merge(OmegaConf.load(run / CONFIG), asked, {"run_dir": str(run)})
+    return own
+
+
+def choose_folder(cfg: DictConfig, run: Path | None, sets: dict[str, list[dict[str, Any]]]) -> Path:
+    """``evaluate.out_path``, else the first ``evaluation`` folder that holds no other pictures."""
+
+    def other(folder: Path) -> Path | None:
+        return next(
+            (path for name, pictures in sets.items() if (path := foreign_picture(folder / name, pictures))), None
+        )
+
+    if cfg.evaluate.out_path is None:
+        return next(folder for folder in numbered((run or Path(cfg.run_dir)) / FOLDER) if other(folder) is None)
+    folder = Path(cfg.evaluate.out_path).expanduser()
+    if (path := other(folder)) is not None:
+        raise UserError(f"evaluate.out_path: {path} was drawn with other settings or by others; type another folder")
+    return folder
+
+
+def write(folder: Path, suite: Suite, rows: Sequence[Row], **more: Any) -> Evaluation:
+    """Write scores.jsonl and metrics.json (with ``more``), and say the table."""
+    metrics = measure.metrics_of(suite, rows)
+    measure.write_scores(folder / SCORES, rows)
+    with atomic(folder / METRICS) as path:
+        path.write_text(json.dumps({"metrics": metrics, **more}, indent=2) + "\n")
+    log.info("%s\n%s", folder, measure.table(metrics))
+    return Evaluation(folder, metrics)
+
+
+def _pictures(cfg: DictConfig, family: Family, resolution: int | None) -> list[dict[str, Any]]:
+    side = resolution or family.default_resolution
+    return describe(measure.wanted(cfg.evaluate), cfg.evaluate, str(cfg.infer.model), family.fingerprint(), side)
+
+
+def _evaluate_folder(cfg: DictConfig) -> Evaluation:
+    """Pictures of unknown origin: one prompt for all, or one each in the order of their names."""
+    how = cfg.evaluate
+    paths = list_pictures(Path(how.images).expanduser(), "evaluate.images")
+    prompts = read_prompts(how.prompts, "evaluate.prompts")
+    if len(prompts) not in (1, len(paths)):
+        raise UserError(
+            f"evaluate.prompts: {len(prompts)} prompts for {len(paths)} pictures in {how.images}; type one for all of "
+            "them, or a text file with a line a picture, in the order of their names"
+        )
+    prompts = prompts * len(paths) if len(prompts) == 1 else prompts
+    subject, suite = measure.Subject.of(cfg), build(cfg.metrics)
+    suite.move(pick_device(cfg.trainer.accelerator))
+    rows: list[Row] = [
+        {"set": "after", "file": str(path), "role": "subject", "prompt": prompt, "prompt_index": prompts.index(prompt)}
+        | {"picture_index": place}
+        for place, (path, prompt) in enumerate(zip(paths, prompts, strict=True))
+    ]
+    images: list[Image.Image] = [open_picture(path) for path in paths]
+    folder = Path(how.out_path or Path(cfg.run_dir) / FOLDER).expanduser()
+    scored = measure.score(suite, rows, images, subject)
+    return write(folder, suite, [*measure.score_photos(suite, subject), *scored])
+
+
+def _into_summary(run: Path, metrics: dict[str, Any]) -> None:
+    path = run / "summary.json"
+    if path.exists():
+        summary = json.loads(path.read_text()) | {"metrics": metrics}
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(summary, indent=2) + "\n")

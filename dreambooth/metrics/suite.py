@@ -1,0 +1,80 @@
+"""All scores of a card over one set of pictures: a row a picture, and their means."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from dreambooth.metrics.intervals import interval, mean
+from dreambooth.metrics.pictures import Pictures
+from dreambooth.metrics.scores import Score
+
+Row = dict[str, Any]
+
+
+class Suite:
+    """Scores with their encoders, which are loaded here; a score whose encoder is null is left out (its values None).
+
+    Args:
+        encoders: by name: what a score's ``encoder`` refers to.
+        scores: in the order of the table.
+        text: the CLIP-T prompt: "class" leaves the rare word out ("a photo of a dog on the beach"), "identifier"
+            keeps it.
+    """
+
+    def __init__(self, encoders: dict[str, Any], scores: Sequence[Score], text: str = "class") -> None:
+        self.encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
+        self.scores, self.text = list(scores), text
+        self.names = [score.name for score in self.scores]
+
+    def move(self, device: torch.device) -> None:
+        """Move all encoders to ``device``."""
+        for encoder in self.encoders.values():
+            encoder.model.to(device)
+
+    def rows(self, role: str, drawn: Pictures, photos: Pictures) -> list[Row]:
+        """A row a picture of ``role`` ("subject" or "class"): every score, None where it has no meaning."""
+        table = self._empty(drawn)
+        for score in self._of(role) if len(drawn) else ():
+            if score.needs_photos and not len(photos):
+                continue
+            encoder = self.encoders[score.encoder]
+            _fill(table, score.name, score.generated(encoder, drawn, photos).tolist())
+            _fill(table, "nearest", score.nearest(encoder, drawn, photos) or [row["nearest"] for row in table])
+        return table
+
+    def real_rows(self, photos: Pictures) -> list[Row]:
+        """A row a photograph, against the others."""
+        table = self._empty(photos)
+        for score in self._of("subject") if len(photos) else ():
+            _fill(table, score.name, score.real(self.encoders[score.encoder], photos).tolist())
+        return table
+
+    def described(self) -> dict[str, str]:
+        """The choices that the numbers depend on, to be printed with them."""
+        return {name: encoder.name for name, encoder in self.encoders.items()} | {"text": self.text}
+
+    def summary(self, rows: Sequence[Row]) -> dict[str, float | None]:
+        """The mean of each score over the rows where it is defined."""
+        return {name: mean([row[name] for row in rows]) for name in self.names}
+
+    def intervals(self, rows: Sequence[Row]) -> dict[str, list[float] | None]:
+        """The 95 % bootstrap interval of each mean."""
+        return {name: interval([row[name] for row in rows]) for name in self.names}
+
+    def _empty(self, pictures: Pictures) -> list[Row]:
+        return [dict.fromkeys([*self.names, "nearest"]) for _ in pictures.images]
+
+    def _of(self, role: str) -> Iterable[Score]:
+        return (score for score in self.scores if score.role == role and score.encoder in self.encoders)
+
+
+def _fill(table: list[Row], name: str, values: Sequence[float | None]) -> None:
+    for row, value in zip(table, values, strict=True):
+        row[name] = value if value == value else None  # JSON has no NaN
+
+
+def class_text(prompt: str, instance_prompt: str, class_prompt: str) -> str:
+    """The prompt without its rare words: those of the instance prompt that the class prompt lacks."""
+    rare = set(instance_prompt.lower().split()) - set(class_prompt.lower().split())
+    return " ".join(word for word in prompt.split() if word.lower().strip(".,;:!?'\"") not in rare)

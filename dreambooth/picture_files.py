@@ -1,0 +1,122 @@
+"""Numbered pictures on disk, each with the settings that drew it: drawn where they are missing, never drawn over."""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dreambooth.data.progress import progress_bar
+from dreambooth.families.base import Family
+from dreambooth.files import atomic
+from dreambooth.sampling import draw, picture_seed
+
+TEXT_CHUNK = "dreambooth"  # the PNG's text chunk that holds the settings as JSON
+Settings = dict[str, Any]
+
+
+def describe(
+    wanted: Sequence[tuple[str, int]], how: Mapping[str, Any], model: str, weights: str, resolution: int
+) -> list[Settings]:
+    """The settings of every picture of the ``wanted`` (prompt, count), in the order of their numbers.
+
+    ``how`` is a node such as ``infer``. At most ``how.num_images_per_prompt`` pictures are drawn at once; the last bits
+    of a picture depend on that number.
+    """
+    return [
+        {
+            "prompt": prompt,
+            "negative_prompt": how["negative_prompt"],
+            "model": model,
+            "weights": weights,
+            "seed": how["seed"],
+            "prompt_index": index,
+            "picture_index": picture,
+            "picture_seed": picture_seed(how["seed"], index, picture),
+            "num_images_per_prompt": how["num_images_per_prompt"],
+            "inference_steps": how["inference_steps"],
+            "unconditional_guidance_scale": float(how["unconditional_guidance_scale"]),
+            "sampler_type": how["sampler_type"],
+            "resolution": resolution,
+        }
+        for index, (prompt, count) in enumerate(wanted)
+        for picture in range(count)
+    ]
+
+
+def numbered_paths(folder: Path, pictures: Sequence[Settings]) -> list[Path]:
+    """``00000.png``, ``00001.png``, ... for each of the pictures."""
+    return [folder / f"{number:05d}.png" for number in range(len(pictures))]
+
+
+def draw_missing(family: Family, folder: Path, pictures: Sequence[Settings], label: str) -> int:
+    """Draw those of the pictures that ``folder`` lacks, with a bar of that ``label``; how many are new."""
+    paths = numbered_paths(folder, pictures)
+    batches = [batch for batch in batches_of(pictures) if not all(paths[number].exists() for number in batch)]
+    new = sum(not path.exists() for path in paths)
+    with progress_bar(sum(map(len, batches)), label, "picture") as bar:
+        bar.leave = False
+        for batch in batches:
+            drawn = draw_batch(family.to_pipeline(), [pictures[number] for number in batch])
+            for number, image in zip(batch, drawn, strict=True):
+                if not paths[number].exists():
+                    _write(paths[number], image, pictures[number])
+            bar.update(len(batch))
+    return new
+
+
+def missing(folder: Path, pictures: Sequence[Settings]) -> bool:
+    """Whether there is anything to draw."""
+    return not all(path.exists() for path in numbered_paths(folder, pictures))
+
+
+def foreign_picture(folder: Path, pictures: Sequence[Settings]) -> Path | None:
+    """The first numbered picture in ``folder`` that has not the settings it would be drawn with."""
+    for path, settings in zip(numbered_paths(folder, pictures), pictures, strict=True):
+        if path.exists() and {**read_settings(path), "model": ""} != {**settings, "model": ""}:
+            return path
+    return None
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings that a picture was drawn with; empty when it does not say."""
+    try:
+        with Image.open(path) as picture:
+            return dict(json.loads(picture.info[TEXT_CHUNK]))
+    except (OSError, SyntaxError, KeyError, ValueError):
+        return {}
+
+
+def batches_of(pictures: Sequence[Settings]) -> list[range]:
+    """The numbers of the pictures that are drawn together: of one prompt, at most ``num_images_per_prompt``."""
+    batches, first = [], 0
+    for _, group in groupby(pictures, key=lambda picture: picture["prompt_index"]):
+        count, size = len(list(group)), pictures[first]["num_images_per_prompt"]
+        batches += [range(first + i, first + min(i + size, count)) for i in range(0, count, size)]
+        first += count
+    return batches
+
+
+def draw_batch(pipeline: Any, pictures: Sequence[Settings]) -> list[Image.Image]:
+    """The pictures of one batch, drawn together."""
+    one = pictures[0]
+    return draw(
+        pipeline,
+        [picture["prompt"] for picture in pictures],
+        [picture["picture_seed"] for picture in pictures],
+        steps=one["inference_steps"],
+        guidance=one["unconditional_guidance_scale"],
+        sampler_type=one["sampler_type"],
+        negative_prompt=one["negative_prompt"],
+        resolution=one["resolution"],
+    )
+
+
+def _write(path: Path, image: Image.Image, settings: Settings) -> None:
+    chunks = PngInfo()
+    chunks.add_text(TEXT_CHUNK, json.dumps(settings))
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=chunks)

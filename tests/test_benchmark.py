@@ -1,0 +1,166 @@
+"""task=benchmark: protocols, sharing out, kills, and tables."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dreambooth import UserError, compose
+from dreambooth.benchmark import results
+from dreambooth.benchmark.protocol import POCKET_PROMPTS, parse, tasks_of
+from dreambooth.benchmark.task import benchmark, share
+from dreambooth.pocket import SUBJECTS
+from tests.tiny import RESOLUTION
+
+GOOGLE = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
+LAYOUT = """Classes
+
+subject_name,class
+dog,dog
+teapot,teapot
+absent,toy
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+'a cube shaped {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} in a chef outfit'.format(unique_token, class_token),
+]
+"""
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Path:
+    """A folder as google/dreambooth's, with a live subject and an object."""
+    folder = tmp_path / "subjects"
+    for name in ("dog", "teapot"):
+        shutil.copytree(SUBJECTS / name, folder / name)
+    (folder / "prompts_and_classes.txt").write_text(LAYOUT)
+    return folder
+
+
+def small(model: Path, layout: Path, folder: Path) -> list[str]:
+    return [
+        "task=benchmark",
+        "benchmark=paper",
+        f"benchmark.folder={layout}",
+        "benchmark.num_images_per_prompt=2",
+        "benchmark.num_class_images=2",
+        f"hydra.run.dir={folder}",
+        f"model.from_pretrained={model}",
+        f"model.data.resolution={RESOLUTION}",
+        "model.with_prior_preservation=false",
+        "model.data.sampler.inference_steps=1",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=2",
+        "callbacks.sample_grid=null",
+        "callbacks.evaluate.every_n_train_steps=null",
+    ]
+
+
+def test_the_layout_is_read(layout):
+    assert parse(LAYOUT)[0] == {"dog": "dog", "teapot": "teapot", "absent": "toy"}
+    dog, teapot = tasks_of(compose(["benchmark=paper", f"benchmark.folder={layout}"]).benchmark)
+    assert dog.prompts == ["a {0} {1} in a chef outfit"]
+    assert teapot.prompts == ["a {0} {1} in the jungle", "a cube shaped {0} {1}"]
+    changes = teapot.settings("sks", compose().benchmark, Path("run"))
+    assert changes["evaluate"]["prompts"] == ["a sks teapot in the jungle", "a cube shaped sks teapot"]
+    assert changes["model"]["data"]["instance_prompt"] == "a photo of a sks teapot"
+    assert changes["model"]["data"]["regularization_prompt"] == "a photo of a teapot"
+
+
+@pytest.mark.skipif(not GOOGLE.is_dir(), reason="google/dreambooth is not here")
+def test_googles_own_file():
+    classes, objects, live = parse((GOOGLE / "prompts_and_classes.txt").read_text())
+    assert (len(classes), len(objects), len(live)) == (30, 25, 25)
+    assert sum(noun in ("cat", "dog") for noun in classes.values()) == 9
+    tasks = tasks_of(compose(["benchmark=paper", f"benchmark.folder={GOOGLE}"]).benchmark)
+    assert {"dog", "teapot", "vase"} <= {task.name for task in tasks}
+
+
+def test_the_pockets_protocols():
+    assert [len(task.prompts) for task in tasks_of(compose().benchmark)] == [12] * 10
+    short = tasks_of(compose(["benchmark=pocket_short"]).benchmark)
+    assert [(task.name, len(task.prompts)) for task in short] == [("cat2", 6), ("dog", 6), ("teapot", 6)]
+    assert len(set(POCKET_PROMPTS)) == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["benchmark=paper"], r"benchmark\.folder is not set"),
+        (["benchmark=paper", "benchmark.folder=/nowhere"], r"benchmark\.folder: /nowhere"),
+        (["benchmark.subjects=[dog,cow]"], r"benchmark\.subjects: cow not in pocket"),
+        (["callbacks.evaluate=null"], r"callbacks\.evaluate is null"),
+    ],
+)
+def test_bad_input_is_one_line(words, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=complaint) as error:
+        benchmark(compose(["task=benchmark", *words]))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3"}, (2, 3)),
+        (
+            {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
+            | {"SLURM_ARRAY_TASK_MIN": "0", "RANK": "1", "WORLD_SIZE": "2"},
+            (5, 6),
+        ),
+    ],
+)
+def test_subjects_are_dealt_out(env, expected, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert share() == expected
+
+
+@pytest.mark.slow
+def test_two_shares_make_one_table_and_a_broken_subject_is_redone_alone(tiny_sd, layout, tmp_path, monkeypatch):
+    words = small(tiny_sd, layout, tmp_path / "out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    half = benchmark(compose(words))
+    assert [row["subject"] for row in half.rows][:-3] == ["teapot"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    whole = benchmark(compose(words))
+    assert [row["subject"] for row in whole.rows][:-3] == ["dog", "teapot"]
+    dog, teapot, average = whole.rows[:3]
+    assert average["dino"] == pytest.approx((dog["dino"] + teapot["dino"]) / 2)
+    assert len(average["dino_interval"]) == 2
+    with (tmp_path / "out" / "benchmark.csv").open() as file:
+        assert [row["subject"] for row in csv.DictReader(file)] == [row["subject"] for row in whole.rows]
+    assert "paper: DreamBooth (Stable Diffusion) | 0.668 | 0.803 | 0.305" in results.markdown(whole.rows)
+
+    scores = tmp_path / "out" / "teapot" / "evaluation" / "scores.jsonl"
+    kept = (tmp_path / "out" / "dog" / "summary.json").stat().st_mtime_ns
+    before = scores.read_bytes()
+    scores.write_bytes(before[:-20])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    again = benchmark(compose(words))
+    assert scores.read_bytes() == before
+    assert (tmp_path / "out" / "dog" / "summary.json").stat().st_mtime_ns == kept
+    assert json.dumps(again.rows) == json.dumps(whole.rows)

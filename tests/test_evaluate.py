@@ -1,0 +1,186 @@
+"""task=evaluate and the evaluation in training, on real pictures of small models."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dreambooth import UserError, compose, train
+from dreambooth.evaluation import evaluate
+from dreambooth.metrics.measure import read_scores
+from dreambooth.pocket import SUBJECTS
+from dreambooth.tasks import RunResult
+from tests.tiny import RESOLUTION
+
+MEASURED = [
+    "evaluate.prompts=[a photo of a sks dog,a photo of a sks dog at night]",
+    "evaluate.num_images_per_prompt=2",
+    "evaluate.num_class_images=3",
+    "evaluate.inference_steps=2",
+]
+
+
+def settings(model: Path, folder: Path) -> list[str]:
+    """A short run on the shipped dog, measured every second step on three pictures."""
+    return [
+        f"model.from_pretrained={model}",
+        f"model.data.instance_dir={SUBJECTS / 'dog'}",
+        f"hydra.run.dir={folder}",
+        f"model.data.resolution={RESOLUTION}",
+        "model.with_prior_preservation=false",
+        "model.micro_batch_size=2",
+        "model.optim.lr=1e-3",
+        "trainer.accelerator=cpu",
+        "callbacks.sample_grid=null",
+        "callbacks.evaluate.every_n_train_steps=2",
+        "callbacks.evaluate.num_images_per_prompt=1",
+        "callbacks.evaluate.num_class_images=1",
+        "callbacks.evaluate.patience=null",
+        "callbacks.evaluate.max_drift=null",
+        *MEASURED,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """Five steps, measured at 0, 2, 4 and 5."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    return train(compose([*settings(tiny_sd, folder), "trainer.max_steps=5", "model.ema.decay=0.9"]))
+
+
+def curves(folder: Path) -> list[dict[str, str]]:
+    with (folder / "curves.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_is_measured_before_meanwhile_and_after(finished):
+    folder, summary = finished.folder, finished.summary
+    rows = curves(folder)
+    assert [row["step"] for row in rows] == ["0", "2", "4", "5"]
+    assert float(rows[0]["score"]) == 0
+    best = max(rows[1:], key=lambda row: (float(row["score"]), int(row["step"])))
+    assert summary["best_step"] == int(best["step"])
+    assert summary["stopped"] is None
+    assert summary["seconds"]["evaluate"] > 0
+    for kind in ("before", "after"):
+        assert len(list((folder / "evaluation" / kind).glob("*.png"))) == 7
+        assert set(summary["metrics"][kind]) == {"dino", "clip_i", "clip_t", "pres", "div", "copy"}
+        assert None not in summary["metrics"][kind].values()
+    assert summary["metrics"]["real"]["pres"] is None
+    assert summary["metrics"]["pictures"] == {"before": 7, "after": 7, "real": 5}
+    scores = read_scores(folder / "evaluation" / "scores.jsonl")
+    assert [row["set"] for row in scores] == ["real"] * 5 + ["before"] * 7 + ["after"] * 7
+    subject = [row["dino"] for row in scores if (row["set"], row["role"]) == ("after", "subject")]
+    assert sum(subject) / 4 == pytest.approx(summary["metrics"]["after"]["dino"])
+    assert {row["nearest"] for row in scores if row["role"] == "subject"} <= {f"{i}.png" for i in range(5)}
+
+
+def test_what_is_exported_is_the_best_step(finished):
+    best = load_file(finished.folder / "checkpoints" / "best.safetensors")
+    exported = load_file(finished.folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {f"unet.{name}" for name in exported} == set(best)
+    assert all(torch.equal(best[f"unet.{name}"], value) for name, value in exported.items())
+
+
+def test_measuring_again_gives_the_same_to_the_last_digit(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run)
+    before = (run / "evaluation" / "scores.jsonl").read_bytes()
+    stamps = {path: path.stat().st_mtime_ns for path in run.glob("evaluation/*/*.png")}
+    again = evaluate(compose([f"infer.model={run}", "task=evaluate", *MEASURED]))
+    assert again.folder == run / "evaluation"  # the pipeline on disk is what was measured in training
+    assert {path: path.stat().st_mtime_ns for path in run.glob("evaluation/*/*.png")} == stamps
+    assert (run / "evaluation" / "scores.jsonl").read_bytes() == before
+    assert again.metrics == finished.summary["metrics"]
+
+    shutil.rmtree(run / "evaluation" / "after")  # drawn again from pipeline/
+    evaluate(compose([f"infer.model={run}", "task=evaluate", *MEASURED]))
+    assert (run / "evaluation" / "scores.jsonl").read_bytes() == before
+
+    other = evaluate(compose([f"infer.model={run}", "task=evaluate", *MEASURED, "evaluate.seed=5"]))
+    assert other.folder == run / "evaluation-2"
+    assert json.loads((run / "summary.json").read_text())["metrics"] == finished.summary["metrics"]
+
+
+def test_a_pipeline_folder_has_no_before(finished, tmp_path):
+    words = [f"infer.model={finished.folder / 'pipeline'}", f"evaluate.out_path={tmp_path / 'out'}"]
+    found = evaluate(compose([*words, *MEASURED]))
+    assert found.folder == tmp_path / "out"
+    assert set(found.metrics["before"].values()) == {None}
+    assert found.metrics["after"]["dino"] == finished.summary["metrics"]["after"]["dino"]
+    with pytest.raises(UserError, match=r"evaluate\.out_path: .*00000\.png"):
+        evaluate(compose([*words, *MEASURED, "evaluate.seed=5"]))
+
+
+def test_a_folder_of_pictures_needs_no_model(tmp_path):
+    cfg = [f"evaluate.images={SUBJECTS / 'dog'}", f"evaluate.out_path={tmp_path / 'out'}", "task=evaluate"]
+    found = evaluate(compose([*cfg, "evaluate.prompts=a photo of a dog", f"evaluate.photos={SUBJECTS / 'car'}"]))
+    assert found.metrics["pictures"] == {"before": 0, "after": 5, "real": 5}
+    assert found.metrics["after"]["dino"] < 0.6 < found.metrics["real"]["dino"]
+    assert found.metrics["after"]["pres"] is None
+
+    lines = tmp_path / "prompts.txt"
+    places = ("on the grass", "in a room", "in the city", "on the grass", "in a room")
+    lines.write_text("".join(f"a photo of a dog {place}\n" for place in places))
+    told = evaluate(compose([*cfg, f"evaluate.prompts={lines}"]))
+    assert told.metrics["after"]["dino"] is None  # no photographs were named
+    assert told.metrics["after"]["clip_t"] > found.metrics["after"]["clip_t"]
+
+    (tmp_path / "one").mkdir()
+    shutil.copy(SUBJECTS / "dog" / "0.png", tmp_path / "one")
+    lonely = evaluate(compose([*cfg, "evaluate.prompts=a dog", f"evaluate.images={tmp_path / 'one'}"]))
+    assert lonely.metrics["after"]["div"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([f"evaluate.images={SUBJECTS / 'dog'}", "evaluate.prompts=[a,b,c,d]"], "4 prompts for 5 pictures"),
+        ([f"evaluate.images={SUBJECTS / 'dog'}", "evaluate.prompts=[a dog,a cat]"], "2 prompts for 5 pictures"),
+        (["evaluate.images=nowhere", "evaluate.prompts=a dog"], r"evaluate\.images: cannot open nowhere"),
+        (["evaluate.images=empty", "evaluate.prompts=a dog"], r"evaluate\.images: there is no picture"),
+        (["infer.model=/nowhere"], r"infer\.model=/nowhere"),
+        (["evaluate.images=x", "evaluate.prompts=''"], r"evaluate\.prompts is empty"),
+        (["metrics.text=neither"], r"metrics\.text=neither"),
+    ],
+)
+def test_bad_input_is_one_line(words, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=complaint) as error:
+        evaluate(compose(["task=evaluate", *words]))
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_damaged_scores_file_is_one_line(tmp_path):
+    (tmp_path / "scores.jsonl").write_text('{"set": "real"}\n{"set": ')
+    with pytest.raises(UserError, match=r"scores\.jsonl cannot be read"):
+        read_scores(tmp_path / "scores.jsonl")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_curves_of_an_unbroken_one(finished, tiny_sd, tmp_path):
+    words = [*settings(tiny_sd, tmp_path / "run"), "model.ema.decay=0.9"]
+    save = ["callbacks.checkpoint.every_n_train_steps=3"]
+    train(compose([*words, *save, "trainer.max_steps=3"]))
+    rows = curves(tmp_path / "run")
+    assert [row["step"] for row in rows] == ["0", "2", "3"]
+    (tmp_path / "run" / "curves.csv").write_text((finished.folder / "curves.csv").read_text())  # measured, then killed
+    result = train(compose([*words, *save, "trainer.max_steps=5"]))
+    assert [row for row in curves(result.folder) if row["step"] != "3"] == curves(finished.folder)
+    if result.summary["best_step"] == finished.summary["best_step"]:  # no picture of the shorter goal is left
+        assert result.summary["metrics"] == finished.summary["metrics"]
+
+
+@pytest.mark.slow
+def test_a_run_told_to_train_too_long_stops_and_says_why(tiny_sd, tmp_path):
+    words = [*settings(tiny_sd, tmp_path / "run"), "trainer.max_steps=60"]
+    result = train(compose([*words, "callbacks.evaluate.patience=2", "model.optim.lr=1e-9"]))  # nothing can rise
+    assert "likeness has not risen in 2 evaluations" in result.summary["stopped"]
+    assert result.summary["steps"] == 6
+    assert train(compose([*words, "callbacks.evaluate.patience=2", "model.optim.lr=1e-9"])) == result  # finished
