@@ -313,7 +313,7 @@ def test_a_training_ends_with_its_report(tiny_sd, photos, tmp_path, monkeypatch,
     settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null
         model.data.resolution=32 model.data.num_reg_images=2 model.data.sampler.inference_steps=2
         model.data.regularization_dir={tmp_path / "class"} callbacks.sample_grid.num_images_per_prompt=1
-        trainer.accelerator=cpu hydra.run.dir={tmp_path / "run"}""".split()
+        trainer.accelerator=cpu callbacks.evaluate=null hydra.run.dir={tmp_path / "run"}""".split()
     prompts = "callbacks.sample_grid.prompts=[a photo of a sks dog]"
     result = train(compose([*settings, prompts, "trainer.max_steps=3"]))
     page = Page((result.folder / "report.html").read_text())
@@ -322,7 +322,7 @@ def test_a_training_ends_with_its_report(tiny_sd, photos, tmp_path, monkeypatch,
     assert f"hydra.run.dir={tmp_path / 'run'}" in page.sections["versions"]
     read = read_run(result.folder)
     assert read.changed is not None
-    assert read.changed["trainer.max_steps"] == [1000, 3]
+    assert read.changed["trainer.max_steps"] == [compose().trainer.max_steps, 3]
     assert read.steps["step"] == [1.0, 2.0, 3.0]
     monkeypatch.setattr("dreambooth.callbacks.report.write_report", lambda folder: 1 / 0)
     more = train(compose([*settings, prompts, "trainer.max_steps=4"]))
@@ -335,7 +335,7 @@ def test_a_training_ends_with_its_report(tiny_sd, photos, tmp_path, monkeypatch,
 def test_a_sweep_ends_with_a_comparison(tiny_sd, photos, tmp_path) -> None:
     settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null
         model.data.resolution=32 model.with_prior_preservation=false callbacks.sample_grid=null trainer.max_steps=2
-        trainer.accelerator=cpu model.optim.lr=1e-4,2e-4""".split()
+        trainer.accelerator=cpu callbacks.evaluate=null model.optim.lr=1e-4,2e-4""".split()
     launch = [sys.executable, str(Path(__file__).parents[1] / "launch.py")]
     for arguments in (["--multirun", *settings], ["task=report", "report.runs=outputs/dreambooth/*"]):
         done = subprocess.run([*launch, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -361,6 +361,7 @@ def test_charts_keep_gaps_and_round_numbers() -> None:
     assert [text for _, text in charts.ticks(0.02, 0.31, 4)] == ["0.1", "0.2", "0.3"]
     assert [text for _, text in charts.ticks(0, 1000, 5)] == ["0", "200", "400", "600", "800", "1000"]
     assert [text for _, text in charts.ticks(-0.5, 0.5, 4)] == ["−0.5", "0.0", "0.5"]
+    assert [text for _, text in charts.ticks(1, 2, 5, least=1)] == ["1", "2"]
     assert charts.smooth([1.0, None, 3.0, float("nan"), 5.0], 1) == [1.0, None, 3.0, None, 5.0]
     assert charts.smooth([2.0] * 100) == pytest.approx([2.0] * 100)
     x, y = charts.thinned(list(range(100_000)), [1.0] * 100_000)

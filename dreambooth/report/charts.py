@@ -86,7 +86,7 @@ def chart(
         title=title,
         described="; ".join(_described(line) for line in lines if not line.faint),
         curves=[_curve(line, place) for line in lines],
-        x_ticks=[Tick(place(at, ys[0])[0], text) for at, text in ticks(*xs, 5)],
+        x_ticks=[Tick(place(at, ys[0])[0], text) for at, text in ticks(*xs, 5, least=1)],
         y_ticks=[Tick(place(xs[0], at)[1], text) for at, text in ticks(*ys, 6)],
         marks=[(place(at, ys[0])[0], name) for at, name in marks if xs[0] <= at <= xs[1]],
         levels=[(place(xs[0], at)[1], name) for at, name in levels],
@@ -116,10 +116,11 @@ def thinned(x: Sequence[Value], y: Sequence[Value], most: int = MOST_POINTS) -> 
     return [x[0], *places[1:-1], x[-1]], [_mean([y[i] for i in part]) for part in parts]
 
 
-def ticks(low: float, high: float, about: int) -> list[tuple[float, str]]:
-    """Round numbers within [low, high], about so many, and their text."""
+def ticks(low: float, high: float, about: int, least: float = 0.0) -> list[tuple[float, str]]:
+    """Round numbers within [low, high], about so many, at least ``least`` apart, and their text."""
     step = 10.0 ** math.floor(math.log10((high - low) / about)) if high > low else 1.0
     step *= next((factor for factor in (1, 2, 5) if (high - low) / (step * factor) <= about), 10)
+    step = max(step, least)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     places = [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     return [(at, f"{at:.{digits}f}".replace("-", "−")) for at in places]
