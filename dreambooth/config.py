@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -39,6 +40,11 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
             return settle(tree, node, str(folder))
     except COMPOSITION_ERRORS as error:
         raise UserError(explain(error)) from error
+
+
+def defaults() -> DictConfig:
+    """The tree without an override, within the command too, where Hydra is initialized already; of unknown run_dir."""
+    return hydra.compose("config") if GlobalHydra.instance().is_initialized() else compose()
 
 
 def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:

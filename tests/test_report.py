@@ -331,6 +331,23 @@ def test_a_training_ends_with_its_report(tiny_sd, photos, tmp_path, monkeypatch,
     assert isinstance(Report(), Report)
 
 
+@pytest.mark.slow
+def test_a_sweep_ends_with_a_comparison(tiny_sd, photos, tmp_path) -> None:
+    settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null
+        model.data.resolution=32 model.with_prior_preservation=false callbacks.sample_grid=null trainer.max_steps=2
+        trainer.accelerator=cpu model.optim.lr=1e-4,2e-4""".split()
+    launch = [sys.executable, str(Path(__file__).parents[1] / "launch.py")]
+    for arguments in (["--multirun", *settings], ["task=report", "report.runs=outputs/dreambooth/*"]):
+        done = subprocess.run([*launch, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    commands = [yaml.safe_load(path.read_text())["command"] for path in tmp_path.glob("outputs/*/*/overrides.yaml")]
+    assert {command.rpartition(" ")[2] for command in commands} == {"model.optim.lr=0.0001", "model.optim.lr=0.0002"}
+    assert all(command.startswith("dreambooth model.from_pretrained=") for command in commands)
+    page = Page((tmp_path / "comparison.html").read_text())
+    assert "they differ in lr" in page.text
+    assert "Loss over the steps" in page.text
+
+
 def test_a_page_needs_no_training_library() -> None:
     code = (
         "import sys, dreambooth.report.task; print({'diffusers', 'transformers', 'pytorch_lightning'} & {*sys.modules})"

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth.config import command_of, compose
+from dreambooth.config import command_of, defaults
 from dreambooth.files import atomic
 from dreambooth.run_folder import MISSING, OVERRIDES, flatten
 
@@ -18,19 +18,20 @@ def record(cfg: DictConfig, folder: Path) -> None:
 
     The default is the tree composed without an override. Call it on the first rank only.
     """
-    found = {"command": command_of(cfg), "changed": differences(compose(), cfg)}
+    found = {"command": command_of(cfg), "changed": differences(defaults(), cfg)}
     with atomic(folder / OVERRIDES) as temporary:
-        temporary.write_text(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, default_flow_style=None, width=10**6)
+        temporary.write_text(text, encoding="utf-8")
 
 
-def differences(defaults: DictConfig, cfg: DictConfig) -> dict[str, list[Any]]:
+def differences(standard: DictConfig, cfg: DictConfig) -> dict[str, list[Any]]:
     """Keys whose value was changed → [default, this one], both resolved.
 
     A value that only follows a changed one (``${…}`` in both trees) is no change of its own. A node that was switched
     off or on is one entry, and "(absent)" stands for a key that a tree does not have.
     """
-    raw = [flatten(OmegaConf.to_container(tree, resolve=False)) for tree in (defaults, cfg)]
-    trees: list[Any] = [OmegaConf.to_container(tree, resolve=True) for tree in (defaults, cfg)]
+    raw = [flatten(OmegaConf.to_container(tree, resolve=False)) for tree in (standard, cfg)]
+    trees: list[Any] = [OmegaConf.to_container(tree, resolve=True) for tree in (standard, cfg)]
     changed = [key for key in {**raw[0], **raw[1]} if raw[0].get(key, MISSING) != raw[1].get(key, MISSING)]
     values = {key: [_at(tree, key) for tree in trees] for key in changed if not key.startswith(NO_SETTINGS)}
     return {key: pair for key, pair in values.items() if not any(_within(key, other) for other in values)}
