@@ -55,7 +55,7 @@ def among(similarity: Tensor) -> Tensor:
 
 def measure(subject: str, overrides: list[str], networks: dict) -> dict[str, float]:
     """One subject, one run: every figure of the table."""
-    cfg = compose([f"model/data=pocket_{subject}", "callbacks.sample_grid=null", *overrides])
+    cfg = compose([f"model/data=pocket_{subject}", "callbacks.sample_grid=null", "callbacks.evaluate=null", *overrides])
     data, sampler = cfg.model.data, cfg.evaluate
     settings = {
         "steps": sampler.inference_steps,

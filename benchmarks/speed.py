@@ -74,8 +74,9 @@ def ours(args: argparse.Namespace, batch: int, precision: str) -> list[str]:
         "trainer.max_steps": args.steps,
         "trainer.precision": precision,
         "callbacks.sample_grid": "null",
+        "callbacks.evaluate": "null",
     }
-    return ["model=pocket", *(f"{key}={value}" for key, value in values.items())]
+    return ["model=pocket", "model/weighting=uniform", *(f"{key}={value}" for key, value in values.items())]
 
 
 def theirs(args: argparse.Namespace, batch: int, precision: str) -> list[str]:

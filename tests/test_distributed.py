@@ -27,9 +27,9 @@ def test_two_ranks_of_batch_1_are_one_of_batch_2(tiny_sd: Path, tmp_path: Path) 
     one = module_of(tiny_sd)
     _, expected = run(one, 3, size=2, gradient_clip_val=1.0, callbacks=[Ema(0.5)])
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert first["rows"] == second["rows"]
+    assert repr(first["rows"]) == repr(second["rows"])  # a quarter of the noise levels without an example is NaN
     for row, other in zip(first["rows"], expected, strict=True):
-        assert row == pytest.approx(other, rel=1e-4)
+        assert row == pytest.approx(other, rel=1e-4, nan_ok=True)
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
     torch.testing.assert_close(first["weights"], [weight.detach() for weight in one.learning()], atol=2e-4, rtol=0)
     saved = newest(tmp_path / "checkpoints", one.base)

@@ -72,7 +72,8 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 def test_a_run_leaves_what_the_contract_says(finished: RunResult, tiny_sd: Path) -> None:
     folder, summary = finished.folder, finished.summary
     assert {path.name for path in folder.iterdir()} == {
-        *("config.yaml", "metrics.csv", "samples", "checkpoints", "pipeline", "summary.json", "tensorboard")
+        *("config.yaml", "metrics.csv", "samples", "checkpoints", "pipeline", "summary.json", "tensorboard"),
+        *("overrides.yaml", "report.html"),
     }
     assert sorted(path.stem for path in (folder / "samples").iterdir()) == [f"step_00000{k}" for k in (0, 2, 4, 5)]
     rows = rows_of(folder)

@@ -243,6 +243,7 @@ def test_the_score_is_fidelity_less_drift():
     tradeoff = rows_of((0.1, 0.2), (0.5, 0.2), (0.9, 0.55), (0.8, 0.2))
     assert [row["score"] for row in tradeoff.rows] == pytest.approx([0, 0.5, 0.5, 0.875])
     assert tradeoff.best() == 300
+    assert rows_of((0.1, 0.2), (0.5, -0.5)).rows[1]["score"] == pytest.approx(0.5)
 
 
 def test_training_stops_when_likeness_has_stopped_rising_or_the_class_drifts():

@@ -37,6 +37,7 @@ def test_losses_equal_those_of_diffusers_on_the_same_noise(tmp_path):
     tape = load_file(Path(__file__).parent / "fixtures" / "diffusers.safetensors")
     overrides = [
         "model=pocket",
+        "model/weighting=uniform",
         f"model.from_pretrained={write_base(tmp_path / 'base')}",
         f"model.optim.lr={LR}",
         f"model.data.instance_prompt={PROMPT}",

@@ -11,7 +11,7 @@ class Tradeoff:
 
     fidelity = (dino - dino_base) / (dino_real - dino_base): the share of the way from the base to real photographs
     drift    = (pres - pres_base) / (dino_real - pres_base): the share of the way from the class to the subject
-    score    = fidelity - ``drift_weight`` * drift
+    score    = fidelity - ``drift_weight`` * max(drift, 0): a class that moved away from the subject is no merit
 
     Args:
         dino_real: of the photographs among themselves; None (a single photograph) leaves everything undefined.
@@ -38,7 +38,7 @@ class Tradeoff:
         row: dict[str, Any] = {"step": step, **{name: means.get(name) for name in COLUMNS[1:-1]}}
         self.rows.append(row)
         fidelity, drift = self.fidelity(row), self.drift(row)
-        row["score"] = None if fidelity is None else fidelity - self.weight * (drift or 0.0)
+        row["score"] = None if fidelity is None else fidelity - self.weight * max(drift or 0.0, 0.0)
         return row
 
     def fidelity(self, row: dict[str, Any]) -> float | None:
