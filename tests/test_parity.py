@@ -38,6 +38,7 @@ def test_losses_equal_those_of_diffusers_on_the_same_noise(tmp_path):
     overrides = [
         "model=pocket",
         "model/weighting=uniform",
+        "logger=none",
         f"model.from_pretrained={write_base(tmp_path / 'base')}",
         f"model.optim.lr={LR}",
         f"model.data.instance_prompt={PROMPT}",
