@@ -30,6 +30,7 @@ def settings(model: Path, folder: Path) -> list[str]:
         f"model.from_pretrained={model}",
         f"model.data.instance_dir={SUBJECTS / 'dog'}",
         f"hydra.run.dir={folder}",
+        f"model.data.cached_instance_dir={folder.parent / 'latents'}",
         f"model.data.resolution={RESOLUTION}",
         "model.with_prior_preservation=false",
         "model.micro_batch_size=2",

@@ -30,6 +30,7 @@ def tiny_run(model: Path, photos: Path, folder: Path, *more: str) -> RunResult:
         f"model.from_pretrained={model}",
         f"model.data.instance_dir={photos}",
         f"hydra.run.dir={folder}",
+        f"model.data.cached_instance_dir={folder.parent / 'latents'}",
         f"model.data.resolution={RESOLUTION}",
         "model.with_prior_preservation=false",
         "model.micro_batch_size=2",
