@@ -48,7 +48,7 @@ class Evaluate(pl.Callback):
         cfg: DictConfig,
         every_n_train_steps: int | None = 250,
         num_images_per_prompt: int = 2,
-        num_class_images: int = 6,
+        num_class_images: int = 4,
         seed: int = 1234,
         drift_weight: float = 1.0,
         patience: int | None = 3,
