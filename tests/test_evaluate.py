@@ -14,7 +14,7 @@ from dreambooth.evaluation import evaluate
 from dreambooth.metrics.measure import read_scores
 from dreambooth.pocket import SUBJECTS
 from dreambooth.tasks import RunResult
-from tests.tiny import RESOLUTION
+from tests.tiny import short_run
 
 MEASURED = [
     "evaluate.prompts=[a photo of a sks dog,a photo of a sks dog at night]",
@@ -27,15 +27,7 @@ MEASURED = [
 def settings(model: Path, folder: Path) -> list[str]:
     """A short run on the shipped dog, measured every second step on three pictures."""
     return [
-        f"model.from_pretrained={model}",
-        f"model.data.instance_dir={SUBJECTS / 'dog'}",
-        f"hydra.run.dir={folder}",
-        f"model.data.cached_instance_dir={folder.parent / 'latents'}",
-        f"model.data.resolution={RESOLUTION}",
-        "model.with_prior_preservation=false",
-        "model.micro_batch_size=2",
-        "model.optim.lr=1e-3",
-        "trainer.accelerator=cpu",
+        *short_run(model, SUBJECTS / "dog", folder),
         "callbacks.sample_grid=null",
         "callbacks.evaluate.every_n_train_steps=2",
         "callbacks.evaluate.num_images_per_prompt=1",

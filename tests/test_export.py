@@ -19,7 +19,7 @@ from dreambooth.errors import UserError
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.sampling import draw, picture_seed
 from dreambooth.tasks import RunResult, train
-from tests.tiny import RESOLUTION
+from tests.tiny import RESOLUTION, short_run
 
 SAMPLER = ["inference_steps=2", "unconditional_guidance_scale=3.0", "sampler_type=DDIM"]
 
@@ -27,15 +27,7 @@ SAMPLER = ["inference_steps=2", "unconditional_guidance_scale=3.0", "sampler_typ
 def tiny_run(model: Path, photos: Path, folder: Path, *more: str) -> RunResult:
     """Train ``model`` on ``photos`` without the prior, with two samples of two prompts every second step."""
     overrides = [
-        f"model.from_pretrained={model}",
-        f"model.data.instance_dir={photos}",
-        f"hydra.run.dir={folder}",
-        f"model.data.cached_instance_dir={folder.parent / 'latents'}",
-        f"model.data.resolution={RESOLUTION}",
-        "model.with_prior_preservation=false",
-        "model.micro_batch_size=2",
-        "model.optim.lr=1e-3",
-        "trainer.accelerator=cpu",
+        *short_run(model, photos, folder),
         "callbacks.sample_grid.prompts=[a dog,a photo of a sks dog on the beach]",
         "callbacks.sample_grid.every_n_train_steps=2",
         "callbacks.sample_grid.num_images_per_prompt=2",

@@ -106,3 +106,18 @@ def publish_text_encoder(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         weights = {f"text_model.{name}": value for name, value in load_file(path).items()}
         save_file(weights, path, {"format": "pt"})
+
+
+def short_run(model: Path, photos: Path, folder: Path) -> list[str]:
+    """Overrides of a run of ``model`` on ``photos`` without the prior, its latents beside its folder."""
+    return [
+        f"model.from_pretrained={model}",
+        f"model.data.instance_dir={photos}",
+        f"hydra.run.dir={folder}",
+        f"model.data.cached_instance_dir={folder.parent / 'latents'}",
+        f"model.data.resolution={RESOLUTION}",
+        "model.with_prior_preservation=false",
+        "model.micro_batch_size=2",
+        "model.optim.lr=1e-3",
+        "trainer.accelerator=cpu",
+    ]

@@ -1,9 +1,10 @@
 """The scores: what one number says of a picture, and what photographs say of each other.
 
 A score is a class with a ``name``, the ``encoder`` it needs, the ``role`` of the pictures that it judges ("subject" or
-"class"), ``better`` ("high" or "low"), and two methods. A new one is a class here and a line in conf/metrics/.
+"class"), and two methods. A new one is a class here and a line in conf/metrics/.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,18 +15,17 @@ from dreambooth.metrics.pictures import Pictures
 NAN = float("nan")
 
 
-class Score:
+class Score(ABC):
     """One value a picture; NaN where it has no meaning."""
 
     name: str
     encoder: str
     role = "subject"
-    better = "high"
     needs_photos = True
 
+    @abstractmethod
     def generated(self, encoder: Any, drawn: Pictures, photos: Pictures) -> Tensor:
         """(N,) of the N drawn pictures of the role."""
-        raise NotImplementedError
 
     def real(self, encoder: Any, photos: Pictures) -> Tensor:
         """(M,) of the photographs against each other, never against themselves: the ceiling. NaN where undefined."""
@@ -83,10 +83,9 @@ class Pres(Fidelity):
     High when the class has become the subject. Source: section 4.3, Table 3.
     """
 
-    name, encoder, role, better = "pres", "dino", "class", "low"
+    name, encoder, role = "pres", "dino", "class"
 
-    def real(self, encoder: Any, photos: Pictures) -> Tensor:
-        return torch.full((len(photos),), NAN)
+    real = Score.real  # photographs of the subject say nothing of its class
 
 
 class Div(Score):
@@ -114,7 +113,7 @@ class Copy(Score):
     (CLIP sees the background, which DINO is here to overlook.)
     """
 
-    name, encoder, better = "copy", "clip", "low"
+    name, encoder = "copy", "clip"
 
     def generated(self, encoder: Any, drawn: Pictures, photos: Pictures) -> Tensor:
         return (drawn.seen_by(encoder) @ photos.seen_by(encoder).T).max(1).values

@@ -50,10 +50,6 @@ class Suite:
             _fill(table, score.name, score.real(self.encoders[score.encoder], photos).tolist())
         return table
 
-    def described(self) -> dict[str, str]:
-        """The choices that the numbers depend on, to be printed with them."""
-        return {name: encoder.name for name, encoder in self.encoders.items()} | {"text": self.text}
-
     def summary(self, rows: Sequence[Row]) -> dict[str, float | None]:
         """The mean of each score over the rows where it is defined."""
         return {name: mean([row[name] for row in rows]) for name in self.names}
