@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast style wheel clean
+.PHONY: help demo test test-fast test-all style wheel clean
 
 help:  ## show these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -15,7 +15,10 @@ test: .venv/dev  ## all tests, offline
 	$(BIN)/python -m pytest
 
 test-fast: .venv/dev  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not exhaustive"
+
+test-all: .venv/dev  ## every test, also those that take minutes or a machine's own services
+	$(BIN)/python -m pytest -m ""
 
 style: .venv/dev  ## lint, format check, types
 	$(BIN)/ruff check .
