@@ -1,14 +1,16 @@
-"""Run a training program unchanged, as ``python PROGRAM ...`` would, and note from outside when each step ended.
+"""Run a training program unchanged, as ``python PROGRAM ...`` would, and note from outside how long each step took.
 
     python benchmarks/stopwatch.py FOLDER time|bare|record PROGRAM [its arguments]
 
-FOLDER/steps.json then holds the wall clock and the CPU seconds of the process after each optimizer step, and the most
-memory held until the last one.
+FOLDER/steps.json then holds the seconds of each optimizer step but the first, by the clock and of the CPU, and the most
+memory held until the last one. With STOPWATCH_TURNS="go,done,steps" (two file descriptors and a number) the program
+stands still after every so many steps: it writes a byte to ``done`` and reads one from ``go``.
 ``bare`` answers every repeated ``AutoencoderKL.encode`` with its first answer: what a step costs without encoding.
 ``record`` also writes FOLDER/tape.safetensors: what each step of diffusers' script read, drew and lost.
 """
 
 import json
+import os
 import resource
 import runpy
 import sys
@@ -25,13 +27,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 def main(folder: Path, mode: str, program: Path, arguments: list[str]) -> None:
     """Run the program to its end, then write what was noted."""
     folder.mkdir(parents=True, exist_ok=True)
-    clock: list[tuple[float, float]] = []
+    seconds: list[tuple[float, float]] = []
     peak: list[float] = []
+    begun: list[tuple[float, float]] = []
+    turns = [int(word) for word in os.environ.get("STOPWATCH_TURNS", "").split(",") if word]
     tape: dict[str, list[Tensor]] = {}
 
     def note(*_: Any) -> None:
-        clock.append((time.perf_counter(), time.process_time()))
+        now = clocks()
+        seconds.extend((now[0] - wall, now[1] - cpu) for wall, cpu in begun)
         peak.append(peak_memory_mb())
+        if turns and len(peak) % turns[2] == 0:
+            os.write(turns[1], b".")
+            os.read(turns[0], 1)
+        begun[:] = [clocks()]
 
     register_optimizer_step_post_hook(note)
     if mode == "bare":
@@ -40,13 +49,18 @@ def main(folder: Path, mode: str, program: Path, arguments: list[str]) -> None:
         tape = record()
     sys.argv, sys.path[0] = [str(program), *arguments], str(program.resolve().parent)
     runpy.run_path(str(program), run_name="__main__")
-    (folder / "steps.json").write_text(json.dumps({"clock": clock, "peak_memory_mb": peak[-1]}))
+    (folder / "steps.json").write_text(json.dumps({"seconds": seconds, "peak_memory_mb": peak[-1]}))
     if tape:
         from safetensors.torch import save_file
 
         save_file(
             {name: torch.stack(values).contiguous() for name, values in tape.items()}, folder / "tape.safetensors"
         )
+
+
+def clocks() -> tuple[float, float]:
+    """Wall clock and CPU seconds of the process."""
+    return time.perf_counter(), time.process_time()
 
 
 def peak_memory_mb() -> float:

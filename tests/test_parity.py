@@ -4,7 +4,7 @@
 that this module writes:
 
     python -m tests.test_parity BASE
-    python -m benchmarks.speed train_dreambooth.py --base BASE --resolution 8 --batches 1 --steps 6 --rounds 1
+    python -m benchmarks.speed train_dreambooth.py --base BASE --resolution 8 --batches 1 --steps 10
     cp outputs/benchmark/losses_1/tape.safetensors tests/fixtures/diffusers.safetensors
 """
 
