@@ -17,7 +17,7 @@ from dreambooth.files import atomic, list_pictures, open_picture
 from dreambooth.generation import find_model, pick_device, read_prompts
 from dreambooth.metrics import measure
 from dreambooth.metrics.suite import Row, Suite
-from dreambooth.picture_files import describe, draw_missing, foreign_picture
+from dreambooth.picture_files import describe, draw_through, foreign_picture
 from dreambooth.run_folder import CONFIG, is_rank_zero, numbered
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
     rows = measure.score_photos(suite, subject)
     for name, family in models.items():
         family.move(pick_device(cfg.trainer.accelerator))
-        draw_missing(family, folder / name, sets[name], f"drawing the pictures {name}")
+        store = cfg.evaluate.base_dir if name == "before" else None
+        draw_through(store, family, folder / name, sets[name], f"drawing the pictures {name}")
         part = measure.picture_rows(folder / name, sets[name])
         rows += measure.score(suite, part, measure.open_all(folder, part), subject)
         family.move("cpu")

@@ -1,6 +1,7 @@
 """Numbered pictures on disk, each with the settings that drew it: drawn where they are missing, never drawn over."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.data.progress import progress_bar
 from dreambooth.families.base import Family
-from dreambooth.files import atomic
+from dreambooth.files import atomic, content_key
 from dreambooth.sampling import draw, picture_seed
 
 TEXT_CHUNK = "dreambooth"  # the PNG's text chunk that holds the settings as JSON
@@ -66,6 +67,22 @@ def draw_missing(family: Family, folder: Path, pictures: Sequence[Settings], lab
                     _write(paths[number], image, pictures[number])
             bar.update(len(batch))
     return new
+
+
+def draw_through(store: str | None, family: Family, folder: Path, pictures: Sequence[Settings], label: str) -> None:
+    """As ``draw_missing``, by way of the folder of these very pictures in ``store``, which other runs share."""
+    if store is None:
+        draw_missing(family, folder, pictures, label)
+        return
+    same = [{**picture, "model": ""} for picture in pictures]
+    shared = Path(store).expanduser() / content_key(json.dumps(same))[:16]
+    while (foreign := foreign_picture(shared, pictures)) is not None:
+        foreign.unlink()  # of another content than the folder's name says: damaged
+    draw_missing(family, shared, pictures, label)
+    for source, path in zip(numbered_paths(shared, pictures), numbered_paths(folder, pictures), strict=True):
+        if not path.exists():
+            with atomic(path) as temporary:
+                shutil.copyfile(source, temporary)
 
 
 def missing(folder: Path, pictures: Sequence[Settings]) -> bool:

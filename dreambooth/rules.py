@@ -31,7 +31,11 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "evaluate.photos": str,
     "evaluate.images": str,
     "evaluate.out_path": str,
+    "evaluate.base_dir": str,
     "benchmark.subjects": list,
+    "benchmark.base_dir": str,
+    "benchmark.noun": str,
+    "benchmark.num_photos": int,
     "benchmark.num_prompts": int,
     "identifier.out_path": str,
     "infer.negative_prompt": str,
@@ -71,7 +75,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         callbacks.nan_guard.patience callbacks.checkpoint.every_n_train_steps callbacks.sample_grid.every_n_train_steps
         callbacks.sample_grid.num_images_per_prompt callbacks.sample_grid.resolution infer.num_images_per_prompt
         evaluate.num_images_per_prompt evaluate.num_class_images callbacks.evaluate.every_n_train_steps
-        benchmark.num_prompts
+        benchmark.num_prompts benchmark.num_photos
         benchmark.num_images_per_prompt benchmark.num_class_images identifier.candidates identifier.max_characters
         identifier.num_images callbacks.evaluate.num_images_per_prompt
         callbacks.evaluate.num_class_images callbacks.evaluate.patience""",

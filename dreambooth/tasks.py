@@ -177,6 +177,8 @@ def quieten() -> None:
         logging.getLogger("dreambooth").setLevel(logging.ERROR)
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Cached latents need no loader processes; and Lightning 2.6 asks torch 2.9 and later in a way that torch dislikes.
+    # A login node has an unused srun; cached latents need no loader processes; and Lightning 2.6 asks torch 2.9 and
+    # later in a way that torch dislikes.
+    warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used.*")
     warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck.*")
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*", FutureWarning)

@@ -55,6 +55,7 @@ def small(model: Path, layout: Path, folder: Path) -> list[str]:
         "task=benchmark",
         "benchmark=paper",
         f"benchmark.folder={layout}",
+        f"benchmark.base_dir={folder}-base",
         "benchmark.num_images_per_prompt=2",
         "benchmark.num_class_images=2",
         f"hydra.run.dir={folder}",
@@ -78,6 +79,30 @@ def test_the_layout_is_read(layout):
     assert changes["evaluate"]["prompts"] == ["a sks teapot in the jungle", "a cube shaped sks teapot"]
     assert changes["model"]["data"]["instance_prompt"] == "a photo of a sks teapot"
     assert changes["model"]["data"]["regularization_prompt"] == "a photo of a teapot"
+
+
+def test_another_noun_or_none_is_learned_but_the_own_class_is_measured(layout):
+    dog = tasks_of(compose(["benchmark=paper", f"benchmark.folder={layout}"]).benchmark)[0]
+    for noun, learned, prior, prompt in (
+        ("boot", "a photo of a sks boot", "a photo of a boot", "a sks boot in a chef outfit"),
+        ("", "a photo of a sks", "a photo of a dog", "a sks in a chef outfit"),
+    ):
+        changes = dog.settings("sks", compose([f"benchmark.noun='{noun}'"]).benchmark, Path("run"))
+        data, measured = changes["model"]["data"], changes["evaluate"]
+        assert (data["instance_prompt"], data["regularization_prompt"]) == (learned, prior)
+        assert (measured["prompts"], measured["class_prompt"]) == ([prompt], "a photo of a dog")
+
+
+def test_a_few_photos_are_learned_and_likeness_is_to_all(layout, tmp_path):
+    dog = tasks_of(compose(["benchmark=paper", f"benchmark.folder={layout}"]).benchmark)[0]
+    changes = dog.settings("sks", compose(["benchmark.num_photos=2"]).benchmark, tmp_path)
+    dog.choose_photos(2, tmp_path)
+    learned = Path(changes["model"]["data"]["instance_dir"])
+    assert sorted(path.name for path in learned.iterdir()) == ["0.png", "1.png"]
+    assert (learned / "0.png").read_bytes() == (layout / "dog" / "0.png").read_bytes()
+    assert changes["evaluate"]["photos"] == str(layout / "dog")
+    with pytest.raises(UserError, match=r"benchmark\.num_photos=9, but .* has 5"):
+        dog.choose_photos(9, tmp_path)
 
 
 @pytest.mark.skipif(not GOOGLE.is_dir(), reason="google/dreambooth is not here")
@@ -148,6 +173,9 @@ def test_two_shares_make_one_table_and_a_broken_subject_is_redone_alone(tiny_sd,
     whole = benchmark(compose(words))
     assert [row["subject"] for row in whole.rows][:-3] == ["dog", "teapot"]
     dog, teapot, average = whole.rows[:3]
+    kept = list((tmp_path / "out-base").glob("*/00000.png"))  # of the untouched base, for the next sweep
+    drawn = [tmp_path / "out" / name / "evaluation" / "before" / "00000.png" for name in ("dog", "teapot")]
+    assert sorted(path.read_bytes() for path in kept) == sorted(path.read_bytes() for path in drawn)
     assert average["dino"] == pytest.approx((dog["dino"] + teapot["dino"]) / 2)
     assert len(average["dino_interval"]) == 2
     with (tmp_path / "out" / "benchmark.csv").open() as file:

@@ -1,15 +1,18 @@
 """Which subjects a benchmark has, what is asked of each, and in what words."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
+from dreambooth.files import atomic, list_pictures
 
 LIVE = {"cat", "dog"}  # classes that get the paper's list for live subjects
 FILE = "prompts_and_classes.txt"
+PHOTOS = "photos"  # in a run folder: those that are learned, when it is not all
 POCKET_PROMPTS = (
     *("a {0} {1} on the beach", "a {0} {1} in the snow", "a {0} {1} at night", "a {0} {1} on the grass"),
     *("a {0} {1} in a room", "a {0} {1} in the city", "a photo of a {0} {1}", "a picture of a {0} {1} on the beach"),
@@ -28,22 +31,37 @@ class Task:
     prompts: Sequence[str]
 
     def settings(self, identifier: str, how: Any, folder: Path) -> dict[str, Any]:
-        """What a training of this subject changes in the tree, its run folder being ``folder``."""
-        subject = f"{identifier} {self.noun}"
+        """What a training of this subject changes in the tree, its run folder being ``folder``.
+
+        ``how.noun`` is learned in the place of the subject's own noun; the class that is measured stays the own one.
+        """
+        noun = self.noun if how.noun is None else how.noun
         data = {
-            "instance_dir": str(self.photos),
-            "instance_prompt": f"a photo of a {subject}",
-            "regularization_prompt": f"a photo of a {self.noun}",
+            "instance_dir": str(self.photos if how.num_photos is None else folder / PHOTOS),
+            "instance_prompt": f"a photo of a {identifier} {noun}".strip(),
+            "regularization_prompt": f"a photo of a {noun or self.noun}",
             "cached_instance_dir": str(folder / "latents"),
         }
-        counts = {"num_images_per_prompt": how.num_images_per_prompt, "num_class_images": how.num_class_images}
-        prompts = [prompt.format(identifier, self.noun) for prompt in self.prompts]
-        return {
-            "task": "train",
-            "run_dir": str(folder),
-            "model": {"data": data},
-            "evaluate": {"prompts": prompts, **counts},
+        measured = {
+            "prompts": [" ".join(prompt.format(identifier, noun).split()) for prompt in self.prompts],
+            "class_prompt": f"a photo of a {self.noun}",
+            "photos": str(self.photos),
+            "base_dir": how.base_dir,
+            "num_images_per_prompt": how.num_images_per_prompt,
+            "num_class_images": how.num_class_images,
         }
+        return {"task": "train", "run_dir": str(folder), "model": {"data": data}, "evaluate": measured}
+
+    def choose_photos(self, count: int | None, folder: Path) -> None:
+        """Copy the first ``count`` photos in the order of their names beside the run (None: all, where they are)."""
+        if count is None:
+            return
+        found = list_pictures(self.photos, "benchmark.folder")
+        if count > len(found):
+            raise UserError(f"benchmark.num_photos={count}, but {self.photos} has {len(found)}; type a smaller number")
+        for path in found[:count]:
+            with atomic(folder / PHOTOS / path.name) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 def tasks_of(how: Any) -> list[Task]:

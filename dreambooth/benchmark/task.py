@@ -57,6 +57,7 @@ def benchmark(cfg: DictConfig) -> Benchmark:
         log.info("%s (%d of %d here, %d in all)", task.name, number, len(mine), len(tasks))
         place = folder / task.name
         repair(place)
+        task.choose_photos(cfg.benchmark.num_photos, place)
         os.environ.pop(FOLDER_VARIABLE, None)  # each subject decides on a folder of its own
         changes = task.settings(cfg.benchmark.identifier, cfg.benchmark, place)
         tree: Any = OmegaConf.merge(cfg, changes)

@@ -21,7 +21,7 @@ from dreambooth.evaluation import FOLDER, write
 from dreambooth.files import atomic
 from dreambooth.metrics import measure
 from dreambooth.metrics.tradeoff import COLUMNS, Tradeoff
-from dreambooth.picture_files import batches_of, describe, draw_batch, draw_missing, foreign_picture
+from dreambooth.picture_files import batches_of, describe, draw_batch, draw_through, foreign_picture
 
 log = logging.getLogger(__name__)
 CURVES, BEST = "curves.csv", "checkpoints/best.safetensors"
@@ -138,7 +138,8 @@ class Evaluate(pl.Callback):
             folder = Path(trainer.default_root_dir) / FOLDER / name
             while (stale := foreign_picture(folder, pictures)) is not None:
                 stale.unlink()  # of the same run when its goal was nearer
-            draw_missing(family, folder, pictures, f"drawing the pictures {name}")
+            store = self.final["base_dir"] if name == "before" else None
+            draw_through(store, family, folder, pictures, f"drawing the pictures {name}")
 
     def _write(self, folder: Path, best: int, goal: int) -> None:
         began = time.perf_counter()
