@@ -60,6 +60,7 @@ def measure(subject: str, overrides: list[str], networks: dict) -> dict[str, flo
     settings = {
         "steps": sampler.inference_steps,
         "guidance": sampler.unconditional_guidance_scale,
+        "guidance_rescale": sampler.guidance_rescale,
         "sampler_type": sampler.sampler_type,
     }
     photos = to_float(torch.stack([tensor_of(photo) for photo in ready.photographs(subject)]))

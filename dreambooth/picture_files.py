@@ -17,6 +17,7 @@ from dreambooth.sampling import draw, picture_seed
 
 TEXT_CHUNK = "dreambooth"  # the PNG's text chunk that holds the settings as JSON
 Settings = dict[str, Any]
+NEWER: Settings = {"guidance_rescale": 0.0}  # what a picture of before a setting existed was drawn with
 
 
 def describe(
@@ -40,6 +41,7 @@ def describe(
             "num_images_per_prompt": how["num_images_per_prompt"],
             "inference_steps": how["inference_steps"],
             "unconditional_guidance_scale": float(how["unconditional_guidance_scale"]),
+            "guidance_rescale": float(how["guidance_rescale"]),
             "sampler_type": how["sampler_type"],
             "resolution": resolution,
         }
@@ -99,10 +101,10 @@ def foreign_picture(folder: Path, pictures: Sequence[Settings]) -> Path | None:
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings that a picture was drawn with; empty when it does not say."""
+    """The settings that a picture was drawn with, as ``describe`` gives them; empty when it does not say."""
     try:
         with Image.open(path) as picture:
-            return dict(json.loads(picture.info[TEXT_CHUNK]))
+            return {**NEWER, **json.loads(picture.info[TEXT_CHUNK])}
     except (OSError, SyntaxError, KeyError, ValueError):
         return {}
 
@@ -126,6 +128,7 @@ def draw_batch(pipeline: Any, pictures: Sequence[Settings]) -> list[Image.Image]
         [picture["picture_seed"] for picture in pictures],
         steps=one["inference_steps"],
         guidance=one["unconditional_guidance_scale"],
+        guidance_rescale=one["guidance_rescale"],
         sampler_type=one["sampler_type"],
         negative_prompt=one["negative_prompt"],
         resolution=one["resolution"],

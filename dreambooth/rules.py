@@ -94,6 +94,12 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         "callbacks.evaluate.max_drift callbacks.evaluate.target "
         "trainer.gradient_clip_val model.weighting.gamma model.optim.lr model.optim.eps",
     ),
+    (
+        "from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        "model.data.sampler.guidance_rescale callbacks.sample_grid.guidance_rescale infer.guidance_rescale "
+        "evaluate.guidance_rescale",
+    ),
     ("between 0 and 1", lambda value: 0 < value < 1, "model.ema.decay"),
     ("two below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "model.optim.betas"),
 ]

@@ -41,11 +41,14 @@ def draw(
     guidance: float,
     sampler_type: str,
     negative_prompt: str | None = None,
+    guidance_rescale: float = 0.0,
     resolution: int,
 ) -> list[Image.Image]:
     """One batch of len(prompts) pictures, picture i a function of prompts[i], seeds[i] and the length of the batch.
 
-    The pipeline's networks come back in the modes they were in, and its scheduler is its own again.
+    ``guidance_rescale`` is phi of Lin et al. 2023 (https://arxiv.org/abs/2305.08891), section 3.4: at 1 a guided
+    prediction has the standard deviation of the prediction without guidance. The pipeline's networks come back in the
+    modes they were in, and its scheduler is its own again.
     """
     own = pipeline.scheduler
     pipeline.scheduler = scheduler_for(own, sampler_type)
@@ -58,6 +61,7 @@ def draw(
                 negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
+                **({"guidance_rescale": guidance_rescale} if guidance_rescale else {}),  # not every pipeline has it
                 height=resolution,
                 width=resolution,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],

@@ -134,6 +134,7 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("model.data.sampler.sampler_type=DDMI", ["model.data.sampler.sampler_type", "did you mean 'DDIM'"]),
         ("model.data.sampler.inference_steps=1001", ["model.data.sampler.inference_steps", "1 to 1000"]),
         ("infer.unconditional_guidance_scale=-1", ["at least 0"]),
+        ("evaluate.guidance_rescale=1.5", ["evaluate.guidance_rescale=1.5", "from 0 to 1"]),
         ("callbacks.checkpoint.every_n_train_steps=0", ["at least 1"]),
         ("callbacks.checkpoint.save_last_k=0", ["-1 to keep all"]),
         ("callbacks.nan_guard.patience=0", ["at least 1"]),

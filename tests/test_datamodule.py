@@ -24,7 +24,7 @@ from dreambooth.sampling import draw
 from tests.processes import FORK_WARNING, count, kill_after, start
 
 REAL = Path(os.environ.get("DREAMBOOTH_PHOTOS", Path(__file__).parents[2] / "shared" / "data" / "dreambooth" / "dog"))
-SAMPLER = {"sampler_type": "DDIM", "inference_steps": 2, "unconditional_guidance_scale": 3.0}
+SAMPLER = {"sampler_type": "DDIM", "inference_steps": 2, "unconditional_guidance_scale": 3.0, "guidance_rescale": 0.0}
 
 
 @pytest.fixture(scope="module")

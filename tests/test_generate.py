@@ -8,12 +8,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.config import compose
 from dreambooth.errors import UserError
 from dreambooth.generation import generate, read_prompts
 from dreambooth.grid import LABEL_WIDTH, labelled_grid
-from dreambooth.picture_files import read_settings
+from dreambooth.picture_files import TEXT_CHUNK, read_settings
 from dreambooth.sampling import scheduler_for
 from tests.tiny import FACTOR, RESOLUTION, build_tiny_sd
 
@@ -37,7 +38,8 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_numbered_pictures_say_how_to_draw_them_again_and_are_kept(tiny_sd: Path, tmp_path: Path) -> None:
-    paths = ask(tiny_sd, tmp_path / "run", "infer.negative_prompt=a photo")
+    more = ("infer.negative_prompt=a photo", "infer.guidance_rescale=0.7")
+    paths = ask(tiny_sd, tmp_path / "run", *more)
     folder = tmp_path / "run" / "generated"
     assert paths == [folder / f"{number:05d}.png" for number in range(4)]
     assert {path.name for path in folder.iterdir()} == {*(path.name for path in paths), "grid.png"}
@@ -55,6 +57,7 @@ def test_numbered_pictures_say_how_to_draw_them_again_and_are_kept(tiny_sd: Path
         negative_prompt=settings["negative_prompt"],
         num_inference_steps=settings["inference_steps"],
         guidance_scale=settings["unconditional_guidance_scale"],
+        guidance_rescale=settings["guidance_rescale"],
         generator=torch.Generator().manual_seed(settings["picture_seed"]),
     ).images[0]
     assert np.abs(np.asarray(drawn).astype(int) - pixels(paths[3])).max() <= 1
@@ -63,7 +66,7 @@ def test_numbered_pictures_say_how_to_draw_them_again_and_are_kept(tiny_sd: Path
     kept, lost = paths[2], pixels(paths[3])
     stamp = kept.stat().st_mtime_ns
     paths[3].unlink()
-    assert ask(tiny_sd, tmp_path / "run", "infer.negative_prompt=a photo") == paths
+    assert ask(tiny_sd, tmp_path / "run", *more) == paths
     assert kept.stat().st_mtime_ns == stamp
     assert np.array_equal(pixels(paths[3]), lost)
 
@@ -78,6 +81,14 @@ def test_other_settings_never_overwrite(tiny_sd: Path, tiny_sd_v: Path, tmp_path
     assert ask(tiny_sd, tmp_path, out) == first
     with pytest.raises(UserError, match=r"infer\.out_path: .*00000\.png"):
         ask(tiny_sd, tmp_path, out, "infer.seed=4")
+    old = {name: value for name, value in read_settings(first[1]).items() if name != "guidance_rescale"}
+    chunk = PngInfo()
+    chunk.add_text(TEXT_CHUNK, json.dumps(old))  # as it was written before guidance could be rescaled
+    with Image.open(first[1]) as picture:
+        picture.save(first[1], pnginfo=chunk)
+    assert ask(tiny_sd, tmp_path) == first
+    with pytest.raises(UserError, match=r"infer\.out_path"):
+        ask(tiny_sd, tmp_path, out, "infer.guidance_rescale=0.7")
     first[1].write_bytes(b"a picture of somebody else's")
     with pytest.raises(UserError, match=r"infer\.out_path: .*00001\.png"):
         ask(tiny_sd, tmp_path, out)

@@ -25,7 +25,12 @@ def pipeline(tiny_sd: Path) -> StableDiffusionPipeline:
 
 def settings(**changes: Any) -> dict[str, Any]:
     """What the pictures of these tests depend on."""
-    sampler = {"sampler_type": "DDIM", "inference_steps": 2, "unconditional_guidance_scale": 3.0}
+    sampler = {
+        "sampler_type": "DDIM",
+        "inference_steps": 2,
+        "unconditional_guidance_scale": 3.0,
+        "guidance_rescale": 0.0,
+    }
     rest = {"base": "b", "prompt": "a dog", "seed": 1, "resolution": 32, "num_images_per_prompt": CHUNK}
     return {**rest, **sampler, **changes}
 
@@ -143,6 +148,7 @@ def test_plan_fills_the_first_free_slots() -> None:
         ({"sampler_type": "DPM"}, "model.data.sampler.sampler_type is 'DPM', the set has 'DDIM'"),
         ({"inference_steps": 3}, "inference_steps is 3, the set has 2"),
         ({"unconditional_guidance_scale": 4}, "unconditional_guidance_scale is 4, the set has 3.0"),
+        ({"guidance_rescale": 0.7}, "model.data.sampler.guidance_rescale is 0.7, the set has 0.0"),
         ({"resolution": 64}, "model.data.resolution is 64, the set has 32"),
     ],
 )
@@ -170,6 +176,20 @@ def test_a_manifest_without_pictures_binds_nobody_and_a_damaged_one_is_named(
             inspect(tmp_path, settings())
 
 
+def test_a_set_of_before_guidance_was_rescaled_goes_on(
+    complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    """Its manifest says nothing about it, which means 0."""
+    restore(tmp_path, {name: complete[name] for name in ("00000.png", "00001.png", "00002.png", "00003.png")})
+    manifest = {key: value for key, value in settings(slots=[0, 1, 2, 3]).items() if key != "guidance_rescale"}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"guidance_rescale is 0\.7, the set has 0\.0"):
+        inspect(tmp_path, settings(guidance_rescale=0.7))
+    assert fill(lambda: pipeline, tmp_path, 2 * CHUNK, settings()) == CHUNK
+    assert json.loads((tmp_path / MANIFEST).read_text()) == settings(slots=list(range(2 * CHUNK)))
+    assert all((tmp_path / f"{index:05d}.png").read_bytes() == complete[f"{index:05d}.png"] for index in range(8))
+
+
 def pictures(pipeline: Any, seeds: list[int], sampler: str = "DDIM", **more: Any) -> list[bytes]:
     given = {"steps": 3, "guidance": 3.0, "negative_prompt": None, "resolution": 32, **more}
     return [image.tobytes() for image in draw(pipeline, ["a dog"] * len(seeds), seeds, sampler_type=sampler, **given)]
@@ -181,6 +201,19 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_companions(pipeline: Stabl
     torch.manual_seed(1)
     assert pictures(pipeline, [1, 3, 4])[:2] == [first[0], first[2]]
     assert pictures(pipeline, [1, 2, 3], negative_prompt="a cat") != first
+
+
+def test_rescaled_guidance_is_that_of_diffusers(pipeline: StableDiffusionPipeline) -> None:
+    seeds = [1, 2]
+    plain, rescaled = pictures(pipeline, seeds), pictures(pipeline, seeds, guidance_rescale=0.7)
+    assert plain != rescaled
+    assert plain == pictures(pipeline, seeds, guidance_rescale=0.0)
+    pipeline.scheduler, own = scheduler_for(pipeline.scheduler, "DDIM"), pipeline.scheduler
+    how = {"num_inference_steps": 3, "guidance_scale": 3.0, "guidance_rescale": 0.7, "height": 32, "width": 32}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = pipeline(["a dog"] * 2, **how, generator=generators, output_type="pil").images
+    pipeline.scheduler = own
+    assert [image.tobytes() for image in drawn] == rescaled
 
 
 @pytest.mark.parametrize("folder", ["tiny_sd", "tiny_sd_v"])

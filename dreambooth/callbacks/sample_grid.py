@@ -35,10 +35,11 @@ class SampleGrid(pl.Callback):
         unconditional_guidance_scale: float,
         sampler_type: str,
         resolution: int,
+        guidance_rescale: float = 0.0,
     ) -> None:
         self.prompts, self.every, self.count = list(prompts), every_n_train_steps, num_images_per_prompt
         self.seed, self.steps, self.guidance = seed, inference_steps, unconditional_guidance_scale
-        self.sampler_type, self.resolution = sampler_type, resolution
+        self.guidance_rescale, self.sampler_type, self.resolution = guidance_rescale, sampler_type, resolution
         self.seconds = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -79,6 +80,7 @@ class SampleGrid(pl.Callback):
                     [picture_seed(self.seed, number, picture) for picture in range(self.count)],
                     steps=self.steps,
                     guidance=self.guidance,
+                    guidance_rescale=self.guidance_rescale,
                     sampler_type=self.sampler_type,
                     resolution=self.resolution,
                 )

@@ -18,6 +18,7 @@ from dreambooth.data.progress import progress_bar
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, fault_of, picture_paths, sweep
 from dreambooth.noise import seed_of
+from dreambooth.picture_files import NEWER
 from dreambooth.sampling import draw
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ IDENTITY = {  # what two pictures of one set must share: the manifest's name, an
     "sampler_type": "model.data.sampler.sampler_type",
     "inference_steps": "model.data.sampler.inference_steps",
     "unconditional_guidance_scale": "model.data.sampler.unconditional_guidance_scale",
+    "guidance_rescale": "model.data.sampler.guidance_rescale",
     "resolution": "model.data.resolution",
 }
 
@@ -48,9 +50,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError):  # not readable, not text or not JSON: refused below, as JSON of another kind is
         manifest = None
-    keys = {*IDENTITY, "seed", "num_images_per_prompt", "slots"}
+    keys = {*IDENTITY, "seed", "num_images_per_prompt", "slots"} - NEWER.keys()
     if isinstance(manifest, dict) and keys <= manifest.keys() and isinstance(manifest["slots"], list):
-        return manifest
+        return {**NEWER, **manifest}
     raise UserError(f"{path} is no manifest; delete it to keep the pictures as your own, or delete {folder}")
 
 
@@ -146,6 +148,7 @@ def draw_chunks(
                 [seed_of(settings["seed"], index, "regularization") for index in slots],
                 steps=settings["inference_steps"],
                 guidance=settings["unconditional_guidance_scale"],
+                guidance_rescale=settings["guidance_rescale"],
                 sampler_type=settings["sampler_type"],
                 resolution=settings["resolution"],
             )
