@@ -17,7 +17,10 @@ from dreambooth.sampling import draw, picture_seed
 
 TEXT_CHUNK = "dreambooth"  # the PNG's text chunk that holds the settings as JSON
 Settings = dict[str, Any]
-NEWER: Settings = {"guidance_rescale": 0.0}  # what a picture of before a setting existed was drawn with
+NEWER: Settings = {
+    "guidance_rescale": 0.0,
+    "batch_size": None,
+}  # what a picture of before a setting existed was drawn with
 
 
 def describe(
@@ -25,8 +28,8 @@ def describe(
 ) -> list[Settings]:
     """The settings of every picture of the ``wanted`` (prompt, count), in the order of their numbers.
 
-    ``how`` is a node such as ``infer``. At most ``how.num_images_per_prompt`` pictures are drawn at once; the last bits
-    of a picture depend on that number.
+    ``how`` is a node such as ``infer``. ``how.batch_size`` pictures are drawn at once, and where it is null those of a
+    prompt, at most ``how.num_images_per_prompt``; the last bits of a picture depend on that number.
     """
     return [
         {
@@ -39,6 +42,7 @@ def describe(
             "picture_index": picture,
             "picture_seed": picture_seed(how["seed"], index, picture),
             "num_images_per_prompt": how["num_images_per_prompt"],
+            "batch_size": how["batch_size"],
             "inference_steps": how["inference_steps"],
             "unconditional_guidance_scale": float(how["unconditional_guidance_scale"]),
             "guidance_rescale": float(how["guidance_rescale"]),
@@ -110,10 +114,10 @@ def read_settings(path: Path) -> Settings:
 
 
 def batches_of(pictures: Sequence[Settings]) -> list[range]:
-    """The numbers of the pictures that are drawn together: of one prompt, at most ``num_images_per_prompt``."""
+    """The numbers of the pictures that are drawn together, all of one prompt unless they say their ``batch_size``."""
     batches, first = [], 0
-    for _, group in groupby(pictures, key=lambda picture: picture["prompt_index"]):
-        count, size = len(list(group)), pictures[first]["num_images_per_prompt"]
+    for _, group in groupby(pictures, key=lambda picture: picture["batch_size"] or -1 - picture["prompt_index"]):
+        count, size = len(list(group)), pictures[first]["batch_size"] or pictures[first]["num_images_per_prompt"]
         batches += [range(first + i, first + min(i + size, count)) for i in range(0, count, size)]
         first += count
     return batches

@@ -32,6 +32,8 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "evaluate.images": str,
     "evaluate.out_path": str,
     "evaluate.base_dir": str,
+    "evaluate.batch_size": int,
+    "infer.batch_size": int,
     "benchmark.subjects": list,
     "benchmark.base_dir": str,
     "benchmark.noun": str,
@@ -74,6 +76,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         model.data.num_images_per_prompt model.data.resolution model.data.cached_variants model.data.train_data_repeats
         callbacks.nan_guard.patience callbacks.checkpoint.every_n_train_steps callbacks.sample_grid.every_n_train_steps
         callbacks.sample_grid.num_images_per_prompt callbacks.sample_grid.resolution infer.num_images_per_prompt
+        evaluate.batch_size infer.batch_size
         evaluate.num_images_per_prompt evaluate.num_class_images callbacks.evaluate.every_n_train_steps
         benchmark.num_prompts benchmark.num_photos
         benchmark.num_images_per_prompt benchmark.num_class_images identifier.candidates identifier.max_characters

@@ -14,7 +14,7 @@ from dreambooth.config import compose
 from dreambooth.errors import UserError
 from dreambooth.generation import generate, read_prompts
 from dreambooth.grid import LABEL_WIDTH, labelled_grid
-from dreambooth.picture_files import TEXT_CHUNK, read_settings
+from dreambooth.picture_files import TEXT_CHUNK, batches_of, describe, read_settings
 from dreambooth.sampling import scheduler_for
 from tests.tiny import FACTOR, RESOLUTION, build_tiny_sd
 
@@ -149,3 +149,12 @@ def test_the_grid_enlarges_by_whole_pixels_and_carries_labels() -> None:
     assert (sheet[204:396, :LABEL_WIDTH] < 128).any()
     large = Image.new("RGB", (300, 200))
     assert labelled_grid([[large]], [""]).size == (LABEL_WIDTH + 300 + 12, 212)
+
+
+def test_pictures_are_drawn_at_once_by_prompt_or_by_batch_size() -> None:
+    how = compose().infer
+    wanted = [("a dog", 5), ("a cat", 1)]
+    by_prompt = describe(wanted, {**how, "num_images_per_prompt": 3, "batch_size": None}, "", "", 64)
+    assert batches_of(by_prompt) == [range(0, 3), range(3, 5), range(5, 6)]
+    by_size = describe(wanted, {**how, "num_images_per_prompt": 3, "batch_size": 4}, "", "", 64)
+    assert batches_of(by_size) == [range(0, 4), range(4, 6)]
