@@ -211,7 +211,7 @@ def test_several_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert page.text.count("★") == 2  # in the sentence above the table, and beside the likeness of b
     assert page.text.index("b & c") < page.text.index("0.700 ★") < page.text.index("0.650")
     assert len(page.all("svg", "viewbox")) == 1
-    assert len(page.all("img", "src")) == 6
+    assert len(page.all("img", "src")) == 6 + 3 * 4  # beside the runs, and for each prompt before and of each run
     assert f"“{PROMPT}”, the same seed" in page.text
     assert path.stat().st_size < MOST
     for run in runs[:2]:

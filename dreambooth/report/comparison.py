@@ -16,6 +16,7 @@ from dreambooth.report.scores import Score, known_scores
 from dreambooth.report.wording import is_number
 from dreambooth.run_folder import MISSING, flatten, irrelevant
 
+WALL = 12, 8  # prompts and runs whose pictures stand beside each other
 STYLES = 8  # colours of the curves; further ones are dashed
 FOLLOWS = ("run_dir", "infer.", "report.")
 
@@ -46,7 +47,7 @@ def comparison_html(runs: Sequence[RunData], page: Path) -> str:
     album = Album()
     keys, scores = differing(runs), _scores(runs)
     plot, styles = _plot(runs)
-    prompt = common_prompt(runs)
+    prompt = next(iter(common_prompts(runs, ("subject",))), None)
     rows = [
         RunRow(
             run=run,
@@ -58,11 +59,20 @@ def comparison_html(runs: Sequence[RunData], page: Path) -> str:
         )
         for place, run in enumerate(runs)
     ]
+    wall = [(prompt, _hung(runs, prompt, album)) for prompt in common_prompts(runs)[: WALL[0]]]
     album.develop()
     shown = any(shot for row in rows for shot in row.pictures)
     names = {key: short_name(key, keys) for key in keys}
     return render(
-        "comparison.html", rows=rows, names=names, scores=scores, plot=plot, prompt=prompt, pictures_shown=shown
+        "comparison.html",
+        rows=rows,
+        names=names,
+        scores=scores,
+        plot=plot,
+        prompt=prompt,
+        pictures_shown=shown,
+        wall=wall,
+        hung=rows[: WALL[1]],
     )
 
 
@@ -84,10 +94,16 @@ def differing(runs: Sequence[RunData]) -> list[str]:
     return [key for key in keys if not irrelevant(f"{key}=")]
 
 
-def common_prompt(runs: Sequence[RunData]) -> str | None:
-    """The first prompt of the subject that all evaluated runs drew, None when there is none."""
-    drawn = [[row.get("prompt") for row in run.scores if row.get("role") == "subject"] for run in runs if run.scores]
-    return next((prompt for prompt in (drawn[0] if drawn else []) if all(prompt in each for each in drawn)), None)
+def common_prompts(runs: Sequence[RunData], roles: Sequence[str] = ("subject", "class")) -> list[str]:
+    """The prompts of these roles that all evaluated runs drew, in the order of the first one."""
+    drawn = [[row["prompt"] for row in run.scores if row.get("role") in roles] for run in runs if run.scores]
+    return [prompt for prompt in dict.fromkeys(drawn[0]) if all(prompt in each for each in drawn)] if drawn else []
+
+
+def _hung(runs: Sequence[RunData], prompt: str, album: Album) -> list[Shot | None]:
+    """The first picture of a prompt: of the untouched base, and of each run after training."""
+    wanted = [("before", runs[0]), *(("after", run) for run in runs[: WALL[1]])]
+    return [_picture(run, kind, ("subject", "class"), prompt, album) for kind, run in wanted]
 
 
 def short_name(key: str, keys: Sequence[str]) -> str:
@@ -125,13 +141,16 @@ def _cell(runs: Sequence[RunData], run: RunData, score: Score) -> Cell:
 
 def _pictures(run: RunData, prompt: str | None, album: Album) -> tuple[Shot | None, Shot | None]:
     """The first picture of the common prompt, else of the run's own first one, before and after."""
-    found: list[Shot | None] = []
-    for kind in ("before", "after"):
-        rows = [row for row in run.scores if (row["set"], row.get("role")) == (kind, "subject")]
-        row = next((row for row in rows if prompt is None or row.get("prompt") == prompt), None)
-        alt = f"{run.name}, {kind} training: “{row.get('prompt')}”" if row else ""
-        found.append(album.add(run.picture(row), alt, 192) if row else None)
-    return found[0], found[1]
+    before, after = (_picture(run, kind, ("subject",), prompt, album) for kind in ("before", "after"))
+    return before, after
+
+
+def _picture(run: RunData, kind: str, roles: Sequence[str], prompt: str | None, album: Album) -> Shot | None:
+    """The first picture of a set, of one of these roles, that shows a prompt (None: any)."""
+    rows = [row for row in run.scores if row["set"] == kind and row.get("role") in roles]
+    row = next((row for row in rows if prompt is None or row.get("prompt") == prompt), None)
+    alt = f"{run.name}, {kind} training: “{row.get('prompt')}”" if row else ""
+    return album.add(run.picture(row), alt, 192) if row else None
 
 
 def _plot(runs: Sequence[RunData]) -> tuple[Chart | None, dict[int, str]]:
