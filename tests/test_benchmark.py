@@ -161,6 +161,19 @@ def test_subjects_are_dealt_out(env, expected, monkeypatch):
     assert share() == expected
 
 
+def test_what_was_measured_on_the_way_is_averaged_by_step(tmp_path):
+    head = "step,dino,clip_i,clip_t,pres,div,copy,score\n"
+    for name, rows in (("a", "0,0.1,,,0.2,,,\n5,0.5,,,0.3,,,\n"), ("b", "0,0.3,,,0.2,,,\n5,0.7,,,,,,\n9,0.8,,,,,,\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "curves.csv").write_text(head + rows)
+    rows = results.curves({"a": tmp_path / "a", "b": tmp_path / "b", "unfinished": tmp_path / "c"})
+    assert [(row["step"], row["subjects"]) for row in rows] == [(0, 2), (5, 2), (9, 1)]
+    assert [row["dino"] for row in rows] == pytest.approx([0.2, 0.6, 0.8])
+    assert (rows[1]["pres"], rows[2]["pres"]) == (0.3, None)
+    assert "| 5 | 2 | 0.600 | - |" in results.write_curves(tmp_path, rows)
+    assert results.write_curves(tmp_path / "none", rows[:2]) == ""
+
+
 @pytest.mark.slow
 def test_two_shares_make_one_table_and_a_broken_subject_is_redone_alone(tiny_sd, layout, tmp_path, monkeypatch):
     words = small(tiny_sd, layout, tmp_path / "out")

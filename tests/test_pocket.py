@@ -91,6 +91,20 @@ class _Line(Stage):
         return (self.weight[0] * x + self.weight[1] - 2 * x - 1).pow(2).mean()
 
 
+def test_the_rare_word_is_plain_to_the_text_tower_and_others_only_change_their_names():
+    clip, tokenizer = encoders.load_imagetext(), encoders.load_tokenizer()
+    before = clip.token_embedding.weight.detach().clone()
+    assert imagetext.name_rare_word(clip, tokenizer) == "sks"  # as it ships
+    assert torch.equal(clip.token_embedding.weight, before)
+    ids = [tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in ("sks", "zwx")]
+    with torch.no_grad():
+        clip.token_embedding.weight[ids] = before[ids[::-1]]
+    changed = clip.token_embedding.weight.detach().clone()
+    assert imagetext.name_rare_word(clip, tokenizer) == "zwx"
+    assert torch.equal(clip.token_embedding.weight, before)
+    assert not torch.equal(changed, before)
+
+
 def test_a_stage_goes_on_as_if_it_had_not_stopped(tmp_path):
     whole, first, second = _Line(40), _Line(40), _Line(40)
     fit(whole, tmp_path / "whole", every_n_train_steps=10)

@@ -10,8 +10,10 @@ from dreambooth.errors import UserError
 from dreambooth.files import atomic
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.measure import read_scores
+from dreambooth.metrics.tradeoff import COLUMNS
 
 log = logging.getLogger(__name__)
+CURVES = "curves.csv"
 NAMES = ("dino", "clip_i", "clip_t", "pres", "div", "copy")
 PAPER = {  # Table 1 of arXiv 2208.12242: DINO, CLIP-I, CLIP-T
     "paper: real images": (0.774, 0.885, None),
@@ -56,6 +58,39 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> str:
     text = markdown(rows)
     with atomic(folder / "benchmark.md") as path:
         path.write_text(text + "\n")
+    return text
+
+
+def curves(folders: dict[str, Path]) -> list[dict[str, Any]]:
+    """What was measured on the way: a row a step, means over the subjects that came so far."""
+    by_step: dict[int, list[dict[str, str]]] = {}
+    for folder in folders.values():
+        if (folder / CURVES).exists():
+            with (folder / CURVES).open(newline="") as file:
+                for row in csv.DictReader(file):
+                    by_step.setdefault(int(row["step"]), []).append(row)
+    return [
+        {"step": step, "subjects": len(rows)}
+        | {name: mean([float(row[name]) if row[name] else None for row in rows]) for name in COLUMNS[1:]}
+        for step, rows in sorted(by_step.items())
+    ]
+
+
+def write_curves(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """curves.md and curves.csv in ``folder``, where something was measured between the base and the end."""
+    if len(rows) < 3:
+        return ""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    for row in rows:
+        cells = [str(row["step"]), str(row["subjects"]), *(_cell(row[name], None) for name in COLUMNS[1:])]
+        lines.append("| " + " | ".join(cells) + " |")
+    text = "\n".join(lines) + "\n"
+    with atomic(folder / "curves.md") as path:
+        path.write_text(text)
+    with atomic(folder / "curves.csv") as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     return text
 
 

@@ -40,6 +40,8 @@ class Benchmark:
 def benchmark(cfg: DictConfig) -> Benchmark:
     """Train and measure each subject in ``<run folder>/<subject>``, then write benchmark.{csv,json,md} there.
 
+    What was measured on the way goes into curves.{csv,md}.
+
     The subjects are dealt out over ranks (torchrun, srun) and SLURM array tasks that share a run folder
     (``hydra.run.dir=DIR``). The same command goes on where a killed one stopped; a finished subject whose scores cannot
     be read is measured again, alone. Every process writes the tables of what is finished so far.
@@ -63,9 +65,11 @@ def benchmark(cfg: DictConfig) -> Benchmark:
         tree: Any = OmegaConf.merge(cfg, changes)
         OmegaConf.set_readonly(tree, True)
         train(tree)
-    rows = results.table({task.name: folder / task.name for task in tasks})
+    folders = {task.name: folder / task.name for task in tasks}
+    rows = results.table(folders)
     text = results.write(folder, rows)
-    log.info("%d of %d subjects\n%s", len(rows) - 3, len(tasks), text)
+    on_the_way = results.write_curves(folder, results.curves(folders))
+    log.info("%d of %d subjects\n%s\n%s", len(rows) - 3, len(tasks), text, on_the_way)
     return Benchmark(folder, rows)
 
 

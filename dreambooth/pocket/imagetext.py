@@ -9,8 +9,11 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dreambooth.pocket.backgrounds import CONTEXTS
+from dreambooth.pocket.figures import CLASSES
 from dreambooth.pocket.scenes import Scenes, to_float
 from dreambooth.pocket.stage import Stage
+from dreambooth.pocket.words import RARE
 
 WIDTH, HEADS, LAYERS, WINDOW = 128, 4, 3, 32
 
@@ -81,6 +84,30 @@ def accuracy(model: open_clip.CLIP, tokenizer: CLIPTokenizer, scenes: Scenes, ba
         best = (image @ text.T).argmax(1).tolist()
         right += sum(choices[i] == word for i, word in zip(best, words, strict=True))
     return right / len(scenes)
+
+
+@torch.no_grad()
+def name_rare_word(model: open_clip.CLIP, tokenizer: CLIPTokenizer) -> str:
+    """Give the name ``sks`` to the rare entry that the text tower tells best from no word; the name that it had.
+
+    No caption has any of them, so which is which is chance. But one that the tower reads like the captions' words
+    without a meaning leaves a frozen text encoder nothing to bind a subject to: in CLIP, ``sks`` is plain to see.
+    """
+    phrases = [f"a photo of a {{}} {noun} {where}" for noun in CLASSES for where in CONTEXTS.values()]
+    tower = text_encoder(model, tokenizer)
+
+    def read(word: str) -> Tensor:
+        """What the denoiser is given behind the words of each phrase, (phrases, 10, width)."""
+        ids = tokenize(tokenizer, [each.format(word) for each in phrases])
+        return tower(input_ids=ids).last_hidden_state[:, -10:]
+
+    nothing = read("")
+    seen = {word: (read(word) - nothing).norm(dim=-1).mean().item() for word in RARE}
+    plainest = max(seen, key=lambda word: seen[word])
+    ids = [tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in (RARE[0], plainest)]
+    rows = model.token_embedding.weight
+    rows[ids] = rows[ids[::-1]]
+    return plainest
 
 
 def text_encoder(model: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:

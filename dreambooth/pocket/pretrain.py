@@ -98,6 +98,7 @@ def imagetext_gate(world: _World, tokenizer: CLIPTokenizer) -> open_clip.CLIP:
     """The image-text model: how often the right caption wins among those of 250 scenes."""
     stage = world.fitted(lambda: imagetext.ImageTextStage(world.train, tokenizer, world.steps.imagetext, world.seed))
     world.report(imagetext_accuracy=imagetext.accuracy(stage.model, tokenizer, world.held_out))
+    imagetext.name_rare_word(stage.model, tokenizer)
     return stage.model
 
 
