@@ -14,10 +14,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dreambooth import config
+from dreambooth import config, hub
 from dreambooth.errors import UserError
 from dreambooth.nearest import nearest
 from dreambooth.run_folder import is_rank_zero
+from dreambooth.sweep import Outcome, is_sweep, refuse
 
 TASKS: dict[str, str] = {
     "prepare": "dreambooth.tasks:prepare",
@@ -47,24 +48,42 @@ def main() -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
-def _run(cfg: DictConfig) -> None:
-    """The job of one composed tree. It ends the process itself: Hydra writes a line about every exception."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+def _run(cfg: DictConfig) -> Outcome:
+    """The job of one composed tree. It ends the process itself: Hydra writes a line about every exception.
+
+    A job of a sweep ends nothing: the others go on, and the sweep ends with its exit code.
+    """
+    node = HydraConfig.get()
+    folder = Path(node.runtime.output_dir)
     try:
-        settled = config.settle(cfg, HydraConfig.get(), str(folder))
+        outcome = _job(cfg, node, folder)
+    finally:
+        _remove_empty(folder)
+    if outcome.error is not None and not (is_sweep(node) and is_rank_zero()):
+        sys.exit(outcome.code)  # a rank that fails alone ends the others
+    return outcome
+
+
+def _job(cfg: DictConfig, node: Any, folder: Path) -> Outcome:
+    try:
+        settled = config.settle(cfg, node, str(folder))
+        refuse(settled, node)
+        hub.check(settled)
         result = _task(str(cfg.task))(settled)
-        if is_rank_zero() and hasattr(result, "folder"):
-            print(result.folder, flush=True)  # the last line, for scripts
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         known = config.user_error(error)
-        if known is not None:
-            _fail(known)
-        traceback.print_exc()
-        sys.exit(1)
-    finally:
-        _remove_empty(folder)
+        if known is None:
+            traceback.print_exc()
+            return Outcome(None, f"{type(error).__name__}: {error}".splitlines()[0], 1)
+        print(f"dreambooth: {known}", file=sys.stderr)
+        return Outcome(None, str(known), 2)
+    if not hasattr(result, "folder"):
+        return Outcome(str(folder))
+    if is_rank_zero():
+        print(result.folder, flush=True)  # the last line, for scripts
+    return Outcome(str(result.folder))
 
 
 def _fail(line: object) -> NoReturn:

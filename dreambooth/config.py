@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dreambooth import nearest, rules
+from dreambooth import nearest, rules, slurm
 from dreambooth.errors import UserError
 
 _HERE = Path(__file__).resolve().parent
@@ -63,6 +63,7 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
     cards = hydra.compose("config", overrides=[*(k for k in known if not k.startswith("experiment=")), *added])
     source = f"experiment={choices.get('experiment')}: " if choices.get("experiment") else ""
     rules.check(_plain(cfg), _plain(cards), source)
+    slurm.check(cfg)
     OmegaConf.set_readonly(cfg, True)
     _COMMANDS[id(cfg)] = _command(hydra_node)
     weakref.finalize(cfg, _COMMANDS.pop, id(cfg), None)
@@ -116,11 +117,12 @@ def groups() -> list[str]:
 
 
 def register_resolvers() -> None:
-    """The three functions that YAML may call: ``${run_id:...}``, ``${slug:...}`` and ``${subject:...}``."""
+    """What YAML may call: ``${run_id:...}``, ``${settings_id:...}``, ``${slug:...}`` and ``${subject:...}``."""
     from dreambooth.pocket import SUBJECTS
-    from dreambooth.run_folder import run_id
+    from dreambooth.run_folder import run_id, settings_id
 
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("settings_id", settings_id, replace=True)
     OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.]+", "-", str(text)).strip("-."), replace=True)
     OmegaConf.register_new_resolver("subject", lambda name: str(SUBJECTS / name), replace=True)
 

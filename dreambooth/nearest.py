@@ -67,6 +67,8 @@ def explain(error: BaseException, tree: Mapping[str, Any], groups: Iterable[str]
         return f"cannot read '{error.override}'; {hint}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, card = str(error.missing_cfg_file).rpartition("/")
+        if card.startswith("submitit_"):
+            return 'hydra/launcher=slurm needs two more packages: pip install "dreambooth[slurm]"'
         return f"{place}{group}={card}: there is no such card{nearest(card, error.options or groups)}"
     wrong = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
     if isinstance(error, ConfigCompositionException) and wrong:

@@ -46,6 +46,7 @@ IRRELEVANT = (
     "callbacks.report*",
     "callbacks.checkpoint*",
     "callbacks.progress*",
+    "callbacks.preemption*",
     "callbacks/progress*",
     "model.data.num_workers=*",
     "model.data.cached_instance_dir=*",
@@ -83,6 +84,14 @@ def run_id(override_dirname: str) -> str:
     launched = env.get("TORCHELASTIC_RUN_ID", "none")
     if launched != "none" and not RANDOM_ID.fullmatch(launched):
         return launched
+    return settings_id(override_dirname)
+
+
+def settings_id(override_dirname: str) -> str:
+    """A hash of the overrides that change the result: the name of a job of a sweep, of which a SLURM job may run many.
+
+    It is the name that the same settings have without a sweep and without a launcher, so either goes on with the other.
+    """
     overrides = re.split(r",(?=~|[+]*[A-Za-z_][\w./@]*=)", override_dirname)
     relevant = sorted({override for override in overrides if not irrelevant(override.lstrip("+~"))})
     return hashlib.blake2b("\n".join(relevant).encode(), digest_size=4).hexdigest()

@@ -16,7 +16,9 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 
+from dreambooth import slurm
 from dreambooth.callbacks.checkpoint import FOLDER, Checkpoint, newest
 from dreambooth.config import build
 from dreambooth.data.datamodule import DreamBoothDataModule
@@ -44,6 +46,11 @@ def train(cfg: DictConfig) -> RunResult:
     SystemExit when interrupted (130) or terminated (143).
     """
     quieten()
+    with slurm.requeued(requeues(cfg)):
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> RunResult:
     by_epochs = counts_epochs(cfg)
     family, data = prepare_data(cfg)
     module = make_module(cfg, family)
@@ -66,8 +73,9 @@ def train(cfg: DictConfig) -> RunResult:
 def prepare(cfg: DictConfig) -> Path:
     """Draw the missing regularization pictures and encode what is not cached; returns the folder of the former."""
     quieten()
-    family, data = prepare_data(cfg)
-    fit(make_trainer(cfg, Path(cfg.run_dir), [], max_steps=0), make_module(cfg, family), data, None)
+    with slurm.requeued(requeues(cfg)):
+        family, data = prepare_data(cfg)
+        fit(make_trainer(cfg, Path(cfg.run_dir), [], max_steps=0), make_module(cfg, family), data, None)
     return Path(cfg.model.data.regularization_dir)
 
 
@@ -104,8 +112,15 @@ def make_callbacks(cfg: DictConfig) -> list[pl.Callback]:
     return [callback(cfg) if isinstance(callback, partial) else callback for callback in made]
 
 
+def requeues(cfg: DictConfig) -> bool:
+    """Whether a SLURM job that is told to go on later puts itself back into the queue."""
+    return cfg.callbacks.preemption is not None and cfg.callbacks.preemption.requeue
+
+
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], max_steps: int) -> pl.Trainer:
     """Lightning's Trainer, counting optimizer steps: the stream of pictures has no epochs of its own."""
+    # Lightning's own requeueing saves inside the signal handler, anywhere in a step, where no resume looks for it.
+    under_slurm = {"plugins": [SLURMEnvironment(auto_requeue=False)]} if SLURMEnvironment.detect() else {}
     return build(
         cfg.trainer,
         max_steps=max_steps,
@@ -115,6 +130,7 @@ def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], ma
         callbacks=callbacks,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        **under_slurm,
     )
 
 
@@ -177,8 +193,8 @@ def quieten() -> None:
         logging.getLogger("dreambooth").setLevel(logging.ERROR)
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # A login node has an unused srun; cached latents need no loader processes; and Lightning 2.6 asks torch 2.9 and
-    # later in a way that torch dislikes.
-    warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used.*")
+    # On a login node, where it helps nobody; a job that lacks srun is refused by slurm.check.
+    warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
+    # Cached latents need no loader processes; and Lightning 2.6 asks torch 2.9 and later in a way that torch dislikes.
     warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck.*")
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*", FutureWarning)

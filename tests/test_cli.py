@@ -65,6 +65,8 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(arguments, w
         (["trainer=default,gpu"], "quote a text with commas"),
         (["hydra.run.dir=/proc/nowhere/run"], "cannot write the run folder"),
         (["--config-dir", "nowhere"], "nowhere"),
+        (["hydra/launcher=slurm", "seed=2"], "type dreambooth -m hydra/launcher=slurm seed=2"),
+        (["model=sd15", "model.data.instance_dir=."], "hf download stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ],
 )
 def test_every_kind_of_mistake_is_one_line(arguments, words, tmp_path, monkeypatch, capsys):

@@ -19,9 +19,8 @@ from transformers import CLIPTextModel
 
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
+from dreambooth.hub import HUB_ID, INDEX
 
-INDEX = "model_index.json"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 

@@ -1,0 +1,29 @@
+"""Models that would have to be downloaded where there is no network: said before anything is loaded. Needs no torch."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dreambooth.errors import UserError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+INDEX = "model_index.json"
+TASKS = ("train", "prepare", "benchmark")
+
+
+def check(cfg: Any) -> None:
+    """Raise UserError when ``HF_HUB_OFFLINE`` is set and ``model.from_pretrained`` a hub id that is not cached.
+
+    ``model.restore_from_path`` is not asked for: it is read only while regularization pictures are missing.
+    """
+    source, revision = str(cfg.model.from_pretrained), cfg.model.revision
+    if cfg.task not in TASKS or not HUB_ID.fullmatch(source) or Path(source).expanduser().is_dir():
+        return
+    from huggingface_hub import constants, try_to_load_from_cache  # half a second
+
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(source, INDEX, revision=revision), str):
+        at = f" --revision {revision}" if revision else ""
+        raise UserError(
+            f"model.from_pretrained={source} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
+            f"name a folder, or type where there is a network: hf download {source}{at}"
+        )

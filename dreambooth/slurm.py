@@ -1,0 +1,108 @@
+"""What SLURM says of this process, what does not fit it, and how a job comes back to the queue. Needs no torch."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dreambooth.errors import UserError
+from dreambooth.run_folder import is_rank_zero
+
+log = logging.getLogger(__name__)
+# "Go on later": USR1 is what docs/slurm.md has sbatch send, USR2 what submitit does. TERM is not among them: scancel
+# sends it, and a job that somebody cancelled is not to come back.
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2) if hasattr(signal, "SIGUSR1") else ()
+
+
+def in_job() -> bool:
+    """Whether this process belongs to a batch job; an interactive shell's commands begin and end with their user."""
+    env = os.environ
+    return "SLURM_JOB_ID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def launched_by_srun() -> bool:
+    """Whether SLURM has started all processes that there are to be, so that Lightning starts none."""
+    return in_job() and "SLURM_NTASKS" in os.environ
+
+
+def job_id() -> str:
+    """The job, ``<array>_<task>`` in an array: the id alone may name all of it."""
+    env = os.environ
+    array = env.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
+
+
+def requeue() -> None:
+    """Put this job back into the queue; call it on the first rank. SLURM ends all its processes thereupon."""
+    scontrol = shutil.which("scontrol")
+    if scontrol is None:
+        log.warning("scontrol is not here, so job %s was not requeued: submit it again to go on", job_id())
+        return
+    done = subprocess.run([scontrol, "requeue", job_id()], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = " ".join((done.stderr or done.stdout).split())
+        log.warning("job %s was not requeued (%s): submit it again to go on", job_id(), reason)
+    else:
+        log.info("requeued job %s", job_id())
+
+
+@contextmanager
+def requeued(wanted: bool) -> Iterator[None]:
+    """Within, a signal that means "go on later" requeues the job and ends this process with SystemExit(143), at once.
+
+    That loses nothing wherever every file is whole at every moment, which is everywhere but between the steps of a
+    training; there ``callbacks.preemption`` takes the signals over.
+    """
+    if not (wanted and in_job() and threading.current_thread() is threading.main_thread()):
+        yield
+        return
+
+    def end(*_: object) -> None:
+        if is_rank_zero():
+            requeue()
+        raise SystemExit(143)
+
+    before = {sign: signal.signal(sign, end) for sign in REQUEUE_SIGNALS}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+def check(cfg: Any) -> None:
+    """Raise UserError when the trainer wants other processes than SLURM started; Lightning would wait for the rest."""
+    env = os.environ
+    if not launched_by_srun() or cfg.task not in ("train", "prepare"):
+        return
+    tasks, nodes = int(env["SLURM_NTASKS"]), env.get("SLURM_NNODES", "1")
+    per_node = env.get("SLURM_NTASKS_PER_NODE")
+    if tasks > 1 and "SLURM_STEP_ID" not in env:
+        raise UserError(f"the job has {tasks} tasks and this process is none of them: type srun before the command")
+    if tasks > 1 and per_node is None:
+        raise UserError(f"the job was given --ntasks={tasks}: type sbatch --nodes and --ntasks-per-node instead")
+    if int(nodes) != cfg.trainer.num_nodes:
+        raise UserError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}, but the job has {nodes} nodes: type "
+            f"trainer.num_nodes={nodes}, or sbatch --nodes={cfg.trainer.num_nodes}"
+        )
+    devices, started = device_count(cfg.trainer.devices), int(per_node or 1)
+    if devices is not None and devices != started:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}, but SLURM starts {started} tasks on each node: type "
+            f"trainer.devices={started}, or sbatch --ntasks-per-node={devices}"
+        )
+
+
+def device_count(devices: Any) -> int | None:
+    """How many devices ``trainer.devices`` means; None where that is the machine's to say."""
+    if isinstance(devices, int) or (isinstance(devices, str) and devices.lstrip("-").isdigit()):
+        return int(devices) if int(devices) >= 0 else None
+    if isinstance(devices, str):
+        return None if devices == "auto" else len([part for part in devices.split(",") if part.strip()])
+    return len(devices)

@@ -1,0 +1,122 @@
+"""The end of a sweep (``-m``): one table of what differs between its jobs and what came of each.
+
+Importable without torch: Hydra makes the callback before anything else is loaded.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.utils import JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from dreambooth import hub
+from dreambooth.errors import UserError
+from dreambooth.run_folder import is_rank_zero
+from dreambooth.slurm import device_count, launched_by_srun
+
+RECORDS = ".sweep"  # in the sweep's folder while it lasts: a file for each job, whichever machine it ran on
+MEASURED = ("train", "benchmark")
+
+
+class Outcome(NamedTuple):
+    """What became of a job: its run folder, or the line that says why there is none, and its exit code."""
+
+    folder: str | None
+    error: str | None = None
+    code: int = 0
+
+
+class SweepTable(Callback):
+    """Writes sweep.md, sweep.csv and comparison.html into ``hydra.sweep.dir`` when all jobs of a sweep have ended.
+
+    A job that failed is a row that says why; the command then ends with that job's exit code. The jobs may have run in
+    this process or, by a launcher that waits for them, elsewhere on the same file system.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            hub.check(config)  # before jobs are submitted that would wait for their turn to say so
+        except UserError as error:
+            print(f"dreambooth: {error}", file=sys.stderr)
+            sys.exit(2)
+        if is_rank_zero():
+            shutil.rmtree(Path(config.hydra.sweep.dir) / RECORDS, ignore_errors=True)
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if is_sweep(config.hydra):
+            _record(config, Outcome(config.hydra.runtime.output_dir, "did not end"))
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        if is_sweep(config.hydra) and job_return.status == JobStatus.COMPLETED:
+            _record(config, job_return.return_value)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if not is_rank_zero():
+            return
+        folder = Path(config.hydra.sweep.dir).absolute()
+        records = [json.loads(path.read_text()) for path in sorted((folder / RECORDS).glob("*.json"))]
+        shutil.rmtree(folder / RECORDS, ignore_errors=True)
+        failed = [record for record in records if record["error"]]
+        try:
+            if len(failed) < len(records) and all(record["task"] in MEASURED for record in records):
+                from dreambooth.report.sweep import finish  # needs torch
+
+                finish(folder, records)
+        except Exception as error:  # Hydra would make a warning of it
+            known = isinstance(error, UserError)
+            print(f"dreambooth: {error}" if known else traceback.format_exc(), file=sys.stderr)
+            sys.exit(2 if known else 1)
+        if failed:
+            print(f"dreambooth: {len(failed)} of {len(records)} jobs of the sweep failed", file=sys.stderr)
+            sys.exit(max(record["code"] or 1 for record in failed))
+
+
+def is_sweep(hydra_node: Any) -> bool:
+    """Whether a job is one of a sweep."""
+    return bool(hydra_node.mode == RunMode.MULTIRUN)
+
+
+def refuse(cfg: Any, hydra_node: Any) -> None:
+    """Raise UserError for a launcher that would not be asked, and for processes that Lightning would start in a sweep.
+
+    It starts them with the command that was typed, so each would begin the whole sweep anew and wait for the others.
+    """
+    sweep, submits = is_sweep(hydra_node), "submitit" in str(hydra_node.launcher._target_)
+    if submits and not sweep:
+        typed = shlex.join(["dreambooth", "-m", *sys.argv[1:]])
+        raise UserError(f"without -m Hydra asks no launcher and trains on this machine: type {typed}")
+    launched = (
+        submits or launched_by_srun() or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"))
+    )
+    if sweep and not launched and cfg.task in ("train", "prepare") and device_count(cfg.trainer.devices) != 1:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices} in a sweep: its processes would each begin the sweep anew; type "
+            "hydra/launcher=slurm, or put torchrun --nproc-per-node in front of launch.py"
+        )
+
+
+def _record(config: DictConfig, outcome: Outcome) -> None:
+    """Keep what is known of a job for the end of the sweep, on its first rank."""
+    if not is_rank_zero():
+        return
+    number = int(config.hydra.job.num)
+    folder = Path(config.hydra.sweep.dir).absolute() / RECORDS
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "task": str(config.task),
+        "overrides": list(config.hydra.overrides.task),
+        "folder": outcome.folder or config.hydra.runtime.output_dir,
+        "error": outcome.error,
+        "code": outcome.code,
+    }
+    temporary = folder / f".{number:06d}.tmp"
+    temporary.write_text(json.dumps(content))
+    temporary.rename(folder / f"{number:06d}.json")

@@ -1,0 +1,135 @@
+"""Sweeps (-m): a folder for every job, one table at the end, and what cannot be swept is said in one line."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dreambooth import cli
+from dreambooth.report.sweep import finish
+from tests.runs import make_run
+from tests.tiny import short_run
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch.py"
+
+
+def record(folder: Path, *overrides: str, task: str = "train", error: str | None = None) -> dict:
+    return {"task": task, "overrides": list(overrides), "folder": str(folder), "error": error, "code": 0}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_shows_what_differs_and_the_best(tmp_path: Path) -> None:
+    one, two = (make_run(tmp_path / name, lr=lr) for name, lr in (("one", 2e-4), ("two", 3e-4)))
+    same = ("model=pocket", "name=x")
+    records = [
+        record(one, *same, "model.optim.lr=2e-4", "model/weighting=uniform"),
+        record(two, *same, "model.optim.lr=3e-4", "model/weighting=min_snr"),
+        record(tmp_path / "three", *same, "model.optim.lr=-1", "model/weighting=uniform", error="must be a | above 0"),
+    ]
+    text = finish(tmp_path, records).read_text().splitlines()
+    assert cells(text[0])[:3] == ["lr", "weighting", "dino"]
+    head, first, second = (cells(text[line]) for line in (0, 2, 3))
+    assert dict(zip(head, first, strict=True)) | {"run": "one", "best step": "40", "lr": "2e-4"} == dict(
+        zip(head, first, strict=True)
+    )
+    assert (first[2], second[2]) == ("0.700 (0.679 to 0.721)", "**0.800** (0.779 to 0.821)")
+    assert first[head.index("clip_t")].startswith("0.300")  # the same in all: none is best
+    assert text[4].endswith(r"| failed: must be a \| above 0 |")
+    rows = rows_of(tmp_path / "sweep.csv")
+    assert list(rows[0])[:2] == ["model.optim.lr", "model/weighting"]
+    assert [row["dino"] for row in rows] == ["0.7", "0.8", ""]
+    assert float(rows[1]["dino_low"]) == pytest.approx(0.779)
+    assert rows[2]["error"] == "must be a | above 0"
+    page = (tmp_path / "comparison.html").read_text()
+    assert "one/report.html" in page
+    assert "two/report.html" in page
+
+
+def test_benchmarks_show_the_mean_of_their_subjects(tmp_path: Path) -> None:
+    for name, dino in (("a", 0.5), ("b", 0.6)):
+        (tmp_path / name).mkdir()
+        mean = {"subject": "mean", "dino": dino, "div": None, "dino_interval": [0.4, 0.7], "div_interval": None}
+        (tmp_path / name / "benchmark.json").write_text(json.dumps([{"subject": "dog", "dino": 1.0}, mean]))
+    records = [record(tmp_path / name, f"seed={place}", task="benchmark") for place, name in enumerate("ab")]
+    text = finish(tmp_path, records).read_text().splitlines()
+    assert [cells(line) for line in text[2:]] == [
+        ["0", "0.500 (0.400 to 0.700)", "a"],
+        ["1", "**0.600** (0.400 to 0.700)", "b"],
+    ]
+    assert not (tmp_path / "comparison.html").exists()
+
+
+@pytest.fixture
+def sweep(tiny_sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Type ``dreambooth -m`` with a short run and more, in ``tmp_path``: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    usual = [text for text in short_run(tiny_sd, photos, tmp_path / "run") if not text.startswith("hydra")]
+    usual += ["trainer.max_steps=1", "callbacks.sample_grid=null", "callbacks.evaluate=null", "logger=none"]
+
+    def typed(*more: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(LAUNCH), "-m", *usual, *more])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return typed
+
+
+def test_every_job_has_its_folder_and_one_that_fails_ends_no_other(sweep, tmp_path: Path, monkeypatch) -> None:
+    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_JOB_NAME", "sweep")):  # several jobs in one of SLURM's
+        monkeypatch.setenv(name, value)
+    code, out, err = sweep("model.optim.lr=-1,1e-3,2e-3", "name=lr")
+    folder = tmp_path / "outputs" / "lr"
+    assert (code, out.splitlines()[-1]) == (2, str(folder / "sweep.md")), err
+    assert "dreambooth: model.optim.lr=-1: must be above 0" in err
+    assert err.splitlines()[-1] == "dreambooth: 1 of 3 jobs of the sweep failed"
+    rows = rows_of(folder / "sweep.csv")
+    assert [row["error"] for row in rows] == ["model.optim.lr=-1: must be above 0", "", ""]
+    runs = sorted(Path(row["run"]) for row in rows[1:])
+    files = ["comparison.html", "multirun.yaml", "sweep.csv", "sweep.md"]
+    assert sorted(folder.iterdir()) == sorted([*runs, *(folder / name for name in files)])
+    assert all((run / "pipeline").is_dir() for run in runs)
+    before = [(run / "summary.json").read_bytes() for run in runs]
+    assert sweep("model.optim.lr=1e-3,2e-3", "name=lr")[0] == 0
+    assert [(run / "summary.json").read_bytes() for run in runs] == before  # finished runs are left alone
+    assert len(rows_of(folder / "sweep.csv")) == 2
+
+
+def test_processes_that_lightning_would_start_are_refused(sweep, tmp_path: Path) -> None:
+    code, out, err = sweep("seed=1,2", "trainer.devices=2")
+    assert code == 2
+    assert str(tmp_path / "outputs") not in out
+    lines = [line for line in err.splitlines() if line.startswith("dreambooth: ")]
+    assert lines[:-1] == lines[:1] * 2
+    assert "hydra/launcher=slurm" in lines[0]
+    assert not (tmp_path / "outputs" / "dreambooth" / "sweep.md").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_ranks_under_torchrun(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    """Each job trains on both ranks; the ranks share its folder."""
+    usual = [text for text in short_run(tiny_sd, photos, tmp_path / "run") if not text.startswith("hydra")]
+    usual += ["trainer.max_steps=2", "callbacks.sample_grid=null", "callbacks.evaluate=null", "logger=none"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(LAUNCH), "-m", *usual]
+    command += ["trainer.devices=2", "strategy=ddp", "seed=1,2"]
+    env = os.environ | {"PYTHONPATH": str(LAUNCH.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "outputs" / "dreambooth" / "sweep.csv")
+    assert [(row["seed"], row["steps"], row["error"]) for row in rows] == [("1", "2", ""), ("2", "2", "")]
