@@ -154,8 +154,15 @@ def _columns(rows: list[Row]) -> tuple[list[str], list[str], list[str]]:
 
 
 def compare(folder: Path, rows: list[Row]) -> None:
-    """comparison.html of the runs that ended well, where there are several."""
-    folders = dict.fromkeys(row.folder for row in rows if (row.folder / "summary.json").exists())
-    if len(folders) > 1:
-        page = folder / COMPARISON
-        write(page, comparison_html([read_run(each) for each in folders], page))
+    """comparison.html of the runs that ended well; of benchmarks a page a subject, under the first seed only."""
+    first = next((row.settings["seed"] for row in rows if "seed" in row.settings), None)
+    pages: dict[str, dict[Path, None]] = {}
+    for row in rows:
+        if (row.folder / "summary.json").exists():
+            pages.setdefault(COMPARISON, {})[row.folder] = None
+        elif row.settings.get("seed", first) == first:
+            for run in sorted(path.parent for path in row.folder.glob("*/summary.json")):
+                pages.setdefault(f"comparison-{run.name}.html", {})[run] = None
+    for name, runs in pages.items():
+        if len(runs) > 1:
+            write(folder / name, comparison_html([read_run(run) for run in runs], folder / name))
