@@ -117,13 +117,17 @@ def groups() -> list[str]:
 
 
 def register_resolvers() -> None:
-    """What YAML may call: ``${run_id:...}``, ``${settings_id:...}``, ``${slug:...}`` and ``${subject:...}``."""
+    """What YAML may call: ``${run_id:...}``, ``${settings_id:...}``, ``${slug:...}``, ``${subject:...}``.
+
+    And ``${phrase:...}``, which leaves "a sks dog" of "a photo of a sks dog".
+    """
     from dreambooth.pocket import SUBJECTS
     from dreambooth.run_folder import run_id, settings_id
 
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("settings_id", settings_id, replace=True)
     OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.]+", "-", str(text)).strip("-."), replace=True)
+    OmegaConf.register_new_resolver("phrase", lambda text: re.sub(r"^a \w+ of ", "", str(text)), replace=True)
     OmegaConf.register_new_resolver("subject", lambda name: str(SUBJECTS / name), replace=True)
 
 
