@@ -9,24 +9,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dreambooth.config import build, compose
+from dreambooth.module import LOSSES
 from dreambooth.tasks import make_module, make_trainer, quieten
 
 
 class Losses(pl.Callback):
-    """The loss of every step."""
+    """The losses of every step, by their names."""
 
     def __init__(self) -> None:
-        self.values: list[float] = []
+        self.values: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: object) -> None:
-        self.values.append(pl_module.step_metrics["loss"].item())
+        self.values.append({name: pl_module.step_metrics[name].item() for name in LOSSES})
 
 
-def replay(tape: dict[str, Tensor], overrides: list[str], folder: Path) -> list[float]:
-    """Train on a tape, (steps, B, ...) of pixels, posterior, noise and timesteps; the loss of each step.
+def replay(tape: dict[str, Tensor], overrides: list[str], folder: Path) -> list[dict[str, float]]:
+    """Train on a tape, (steps, B, ...) of pixels, posterior, noise and timesteps; the losses of each step.
 
-    The first half of the B pictures is the instance's, the second half its class's. Pictures and prompts are encoded
-    in every step, as diffusers' script does; everything else is the task ``train``.
+    With the prior, the first half of the B pictures is the instance's, the second half its class's. Pictures and
+    prompts are encoded in every step, as diffusers' script does; everything else is the task ``train``.
     """
     quieten()
     cfg = compose(overrides)
@@ -40,7 +41,8 @@ def replay(tape: dict[str, Tensor], overrides: list[str], folder: Path) -> list[
     # in the place of noise.py
     module.draw = lambda batch, purpose, shape: module.send(tape[purpose][batch["step"]])  # type: ignore[method-assign]
     module.draw_levels = lambda batch: module.send(levels[batch["step"]])  # type: ignore[method-assign]
-    roles = [role for role in ("instance", "regularization") for _ in range(size // 2)]
+    named = ("instance", "regularization") if cfg.model.with_prior_preservation else ("instance",)
+    roles = [role for role in named for _ in range(size // len(named))]
     batches = [
         {
             "step": step,

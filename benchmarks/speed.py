@@ -178,7 +178,8 @@ def same_losses(args: argparse.Namespace) -> bool:
     batch = args.batches[0]
     finish(args, "losses", launch(args, "losses", command(args, "losses", batch, "32-true")))
     tape = load_file(args.out / f"losses_{batch}" / "tape.safetensors")
-    pairs = list(zip(tape["loss"].tolist(), replay(tape, ours(args, batch, "32-true"), args.out), strict=True))
+    own = [row["loss"] for row in replay(tape, ours(args, batch, "32-true"), args.out)]
+    pairs = list(zip(tape["loss"].tolist(), own, strict=True))
     differences = [abs(a - b) / a for a, b in pairs]
     print(f"\nlosses on the same noise, batch {batch}\n{'step':>5}{'diffusers':>12}{'ours':>12}{'apart':>10}")
     for step in sorted({*range(0, len(pairs), max(1, len(pairs) // 10)), len(pairs) - 1}):

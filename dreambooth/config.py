@@ -81,14 +81,17 @@ def command_of(cfg: DictConfig) -> str | None:
 def build(node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     """Instantiate a ``_target_`` node.
 
-    A UserError of its constructor arrives unwrapped. So does, as one, what a library's constructor says about its
-    arguments, and an argument that the constructor does not have.
+    Lists and mappings arrive as Python's own. A UserError of its constructor arrives unwrapped. So does, as one, what
+    a library's constructor says about its arguments, an argument that it does not have, and a package that is missing.
     """
     try:
-        return instantiate(node, *args, **kwargs)
+        return instantiate(node, *args, _convert_="all", **kwargs)
     except HydraException as error:
         if (known := user_error(error)) is not None:
             raise known from error
+        if (package := _absent_package(error)) is not None:
+            absent = f"{node._target_}: the package {package} is not installed; type pip install {package}"
+            raise UserError(absent) from error
         ours = str(node.get("_target_")).startswith("dreambooth.")
         if error.__cause__ is None or (ours and "unexpected keyword argument" not in str(error.__cause__)):
             raise
@@ -101,6 +104,13 @@ def user_error(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error
+
+
+def _absent_package(error: BaseException | None) -> str | None:
+    """The package that was to be imported and is not there."""
+    while error is not None and not (isinstance(error, ModuleNotFoundError) and "." not in str(error.name)):
+        error = error.__cause__
+    return error.name if error is not None else None
 
 
 def explain(error: BaseException) -> str:

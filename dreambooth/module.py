@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.noise import gaussian, seed_of, stratified
-from dreambooth.objective import Diffusion, Weighting
+from dreambooth.objective import Objective, Weighting
+from dreambooth.optimizers import evaluated
 
 LOSSES = ("loss", "instance_loss", "prior_loss")
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
@@ -48,7 +49,7 @@ class DreamBoothModule(pl.LightningModule):
         self,
         family: Family,
         learned: dict[str, nn.Module],
-        objective: Diffusion,
+        objective: Objective,
         weighting: Weighting | None,
         optim: "partial[Optimizer]",
         sched: dict[str, Any],
@@ -64,6 +65,7 @@ class DreamBoothModule(pl.LightningModule):
         self.prior_loss_weight, self.noise_offset, self.seed = prior_loss_weight, noise_offset, seed
         self.base = family.fingerprint()
         self.ema: nn.ParameterList | None = None
+        self.optimizer: Optimizer | None = None
         self.step_metrics: dict[str, Tensor] = {}
         self._losses: list[Tensor] = []
         self._quarters: list[Tensor] = []
@@ -126,7 +128,9 @@ class DreamBoothModule(pl.LightningModule):
             raise UserError("trained weights must stay float32: type trainer.precision=bf16-mixed, 16-mixed or 32-true")
         # One fused pass over the weights takes a fifth of the usual one's time; Lightning's fp16 scaling rules it out.
         fused = {"fused": True} if "fused" in inspect.signature(self.optim.func).parameters and not self.scaled else {}
-        optimizer = self.optim(learned, **{**fused, **self.optim.keywords})
+        self.optimizer = optimizer = self.optim(learned, **{**fused, **self.optim.keywords})
+        if hasattr(optimizer, "train"):  # a Schedule-Free one, see averaged()
+            optimizer.train()
         schedule = get_scheduler(
             self.sched["name"],
             optimizer,
@@ -186,15 +190,29 @@ class DreamBoothModule(pl.LightningModule):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the networks hold the averaged weights if there are any; tensors change hands, nothing is copied."""
+        """Within, the family is what the training made of it so far: what is sampled, measured and exported.
+
+        The networks hold the averaged weights if there are any (tensors change hands, nothing is copied), and the
+        scheduler has the noise levels that were learned. Before the first step the base stays as it came.
+        """
+        own = self.family.scheduler
         pairs = list(zip(self.learning(), self.ema or [], strict=self.ema is not None))
         try:
             for weight, average in pairs:
                 weight.data, average.data = average.data, weight.data
-            yield
+            if self.global_step and self.objective.scheduler is not None:
+                self.family.scheduler = self.objective.scheduler
+            with evaluated(self.optimizer, self.learning()):
+                yield
         finally:
+            self.family.scheduler = own
             for weight, average in pairs:
                 weight.data, average.data = average.data, weight.data
+
+    def settle_on(self, weights: dict[str, Tensor]) -> None:
+        """Take these for what was learned: the last weights and all averages of them go."""
+        self.learned.load_state_dict(weights)
+        self.ema = self.optimizer = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which base the weights grew from: they fit no other."""

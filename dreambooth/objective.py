@@ -1,5 +1,6 @@
-"""Discrete diffusion as algebra: noise, time and network output come in as arguments, per-example values go out."""
+"""Noise to target as algebra: noise, time and network output come in as arguments, per-example values go out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,11 @@ import torch
 from torch import Tensor
 
 from dreambooth.errors import UserError
+from dreambooth.losses import mse
+from dreambooth.sampling import zero_terminal_snr
 
 Weighting = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # see losses.py
 
 # What a weight of the x0 loss is divided by for the loss of each target, given the signal-to-noise ratio:
 # |eps - eps'|^2 = snr |x0 - x0'|^2 and |v - v'|^2 = (snr + 1) |x0 - x0'|^2 (Salimans and Ho 2022, section 4).
@@ -19,35 +23,93 @@ X0_WEIGHTS: dict[str, Weighting] = {
 }
 
 
-class Diffusion:
+class Objective(ABC):
+    """A noise process: what a network sees of x0 (B, ...) at time steps t (B,) in [0, ``count``], and what it owes.
+
+    ``scheduler`` of diffusers draws with what was learned; None where nobody draws.
+    """
+
+    count: int
+    loss_of: Loss
+    scheduler: Any = None
+
+    @abstractmethod
+    def sample_t(self, u: Tensor) -> Tensor:
+        """Uniform numbers ``u`` (B,) in [0, 1) as time steps (B,), the more noise the higher."""
+
+    @abstractmethod
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noisy x_t, float32, in the shape of ``x0`` (B, ...)."""
+
+    @abstractmethod
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should return for x_t."""
+
+    @abstractmethod
+    def snr(self, t: Tensor) -> Tensor:
+        """The signal-to-noise ratio at ``t`` (B,)."""
+
+    @abstractmethod
+    def x0_weight(self, snr: Tensor) -> Tensor:
+        """How many times as large the target's squared error is as that of x0, given the ratio (B,)."""
+
+    def loss(self, pred: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weighting: Weighting | None = None) -> Tensor:
+        """The mean loss over each example, (B,) float32, times its weight (None: 1)."""
+        difference = pred.float() - self.target(x0, noise, t).float()
+        snr = self.snr(t).clamp(min=2**-24)  # pure noise would give 0 / 0
+        loss = self.loss_of(difference, snr.view(-1, *[1] * (difference.dim() - 1))).flatten(1).mean(1)
+        return loss if weighting is None else loss * weighting(snr) / self.x0_weight(snr)
+
+    def by_quarter(self, per_example: Tensor, t: Tensor) -> Tensor:
+        """(2, 4): sum and count of ``per_example`` (B,) in each quarter of the time steps, least noise first."""
+        quarter = (t * 4 // self.count).clamp(max=3)
+        found = quarter[:, None] == torch.arange(4, device=t.device)
+        return torch.stack([torch.where(found, per_example[:, None], 0.0).sum(0), found.sum(0).to(per_example)])
+
+
+class Diffusion(Objective):
     """x_t = sqrt(a) x0 + sqrt(1 - a) noise at T noise levels a = ``alphas_cumprod`` (T,) (Ho et al. 2020, eq. 4)."""
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str):
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str, loss: Loss = mse):
         if prediction_type not in X0_WEIGHTS:
             raise UserError(
                 f"prediction_type '{prediction_type}' in the model's scheduler_config.json is not known: "
                 f"one of {', '.join(X0_WEIGHTS)}"
             )
+        if prediction_type == "epsilon" and alphas_cumprod[-1] < 1e-6:
+            raise UserError(
+                "a model that predicts epsilon learns nothing from pure noise, and cannot draw from it: "
+                "type model.objective.rescale_zero_terminal_snr=false, or name a model that predicts v"
+            )
         self.alphas_cumprod = alphas_cumprod.float()
-        self.prediction_type = prediction_type
+        self.prediction_type, self.count, self.loss_of = prediction_type, len(alphas_cumprod), loss
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> "Diffusion":
-        """The noise levels and the prediction type of a checkpoint's own diffusers scheduler."""
-        return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+    def from_scheduler(cls, scheduler: Any, loss: Loss = mse, rescale_zero_terminal_snr: bool = False) -> "Diffusion":
+        """The noise levels and the prediction type of a checkpoint's own diffusers scheduler.
+
+        ``rescale_zero_terminal_snr``: its levels, stretched so that the last is pure noise (Lin et al. 2023).
+        """
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise UserError(
+                f"model/objective=from_checkpoint: the model's {type(scheduler).__name__} has no noise levels of "
+                "diffusion; type model/objective=flow_matching"
+            )
+        scheduler = zero_terminal_snr(scheduler) if rescale_zero_terminal_snr else scheduler
+        objective = cls(scheduler.alphas_cumprod, scheduler.config.prediction_type, loss)
+        objective.scheduler = scheduler
+        return objective
 
     def sample_t(self, u: Tensor) -> Tensor:
-        """Uniform numbers ``u`` (B,) in [0, 1) as time steps (B,) int64 in [0, T)."""
-        count = len(self.alphas_cumprod)
-        return (u * count).long().clamp(max=count - 1)
+        """Each of the T time steps alike, int64 in [0, T)."""
+        return (u * self.count).long().clamp(max=self.count - 1)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The noisy x_t, float32, in the shape of ``x0`` (B, ...)."""
         signal, sigma = self._levels(x0, t)
         return signal * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should return for x_t: the noise, v = sqrt(a) noise - sqrt(1 - a) x0, or x0."""
+        """The noise, v = sqrt(a) noise - sqrt(1 - a) x0, or x0."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -56,23 +118,12 @@ class Diffusion:
         return signal * noise - sigma * x0
 
     def snr(self, t: Tensor) -> Tensor:
-        """The signal-to-noise ratio a / (1 - a) at ``t`` (B,)."""
+        """a / (1 - a)."""
         a = self._alpha(t)
         return a / (1 - a)
 
-    def loss(self, pred: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weighting: Weighting | None = None) -> Tensor:
-        """The mean squared error of each example, (B,) float32, times its weight (None: 1)."""
-        loss = (pred.float() - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
-        if weighting is None:
-            return loss
-        snr = self.snr(t).clamp(min=2**-24)  # schedules rescaled to zero terminal SNR would give 0 / 0
-        return loss * weighting(snr) / X0_WEIGHTS[self.prediction_type](snr)
-
-    def by_quarter(self, per_example: Tensor, t: Tensor) -> Tensor:
-        """(2, 4): sum and count of ``per_example`` (B,) in each quarter of the noise levels, least noise first."""
-        quarter = t * 4 // len(self.alphas_cumprod)
-        found = quarter[:, None] == torch.arange(4, device=t.device)
-        return torch.stack([torch.where(found, per_example[:, None], 0.0).sum(0), found.sum(0).to(per_example)])
+    def x0_weight(self, snr: Tensor) -> Tensor:
+        return X0_WEIGHTS[self.prediction_type](snr)
 
     def _alpha(self, t: Tensor) -> Tensor:
         self.alphas_cumprod = self.alphas_cumprod.to(

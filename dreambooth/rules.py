@@ -18,6 +18,7 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "model.variant": str,
     "model.restore_from_path": str,
     "model.ema.decay": float,
+    "model.objective.shift": float,
     "callbacks.sample_grid.every_n_train_steps": int,
     "model.data.cached_instance_dir": str,
     "model.data.cached_reg_dir": str,
@@ -57,6 +58,7 @@ CHOICES = {
     "evaluate.sampler_type": SAMPLERS,
     "infer.sampler_type": SAMPLERS,
     "metrics.text": ("class", "identifier"),
+    "model.objective.timesteps": ("uniform", "logit_normal"),
 }  # fmt: skip
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of which keys
     (
@@ -95,7 +97,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         "above 0",
         lambda value: value > 0,
         "callbacks.evaluate.max_drift callbacks.evaluate.target "
-        "trainer.gradient_clip_val model.weighting.gamma model.optim.lr model.optim.eps",
+        "trainer.gradient_clip_val model.weighting.gamma model.loss.delta model.objective.std model.objective.shift "
+        "model.learning_rate model.optim.lr model.optim.eps model.optim.d_coef",
     ),
     (
         "from 0 to 1",
@@ -124,6 +127,14 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
                 raise UserError(f"{key}={values[key]}: must be {what}")
     if values["model.with_prior_preservation"] and values["model.data.num_reg_images"] == 0:
         raise UserError("model.data.num_reg_images=0: type at least 1, or model.with_prior_preservation=false")
+    if values.get("model.ema.decay") is not None and "ScheduleFree" in str(values.get("model.optim._target_")):
+        raise UserError("model.ema.decay: a Schedule-Free optimizer averages by itself; type model.ema.decay=null")
+    if values.get("model.objective.rescale_zero_terminal_snr"):
+        for key in ("callbacks.sample_grid.sampler_type", "evaluate.sampler_type"):
+            if values.get(key) == "PLMS":
+                raise UserError(
+                    f"{key}=PLMS cannot draw from noise levels of zero terminal SNR: type DDIM, DPM or EULER"
+                )
     _check_prompts(values)
     benchmarked = values["task"] == "benchmark"
     if values["task"] in ("train", "prepare") or benchmarked:

@@ -1,5 +1,6 @@
 """Pictures from a diffusers pipeline: fixed batch shapes, a generator for each picture, and no trace left behind."""
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +28,26 @@ UNSAID = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "s
 
 def scheduler_for(own: Any, sampler_type: str) -> Any:
     """A new scheduler of the named type with the noise levels and prediction type of the pipeline's ``own``."""
+    if sampler_type == "PLMS" and own.config.get("rescale_betas_zero_snr"):
+        raise UserError("sampler_type=PLMS cannot draw from noise levels of zero terminal SNR: type DDIM, DPM or EULER")
+    return SAMPLERS[sampler_type].from_config(settings_of(own))
+
+
+def zero_terminal_snr(own: Any) -> Any:
+    """A scheduler like ``own`` with its noise levels stretched to end in pure noise, and drawing from that end.
+
+    Lin et al. 2023 (https://arxiv.org/abs/2305.08891), sections 3.1 and 3.3. Of DDIM where its own class cannot.
+    """
+    able = "rescale_betas_zero_snr" in inspect.signature(type(own).__init__).parameters
+    kind = type(own) if able else diffusers.DDIMScheduler
+    return kind.from_config({**settings_of(own), "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+
+
+def settings_of(own: Any) -> dict[str, Any]:
+    """What a checkpoint's scheduler says, and Stable Diffusion's settings for the rest."""
     unsaid = own.config.get("_use_default_values", [])
-    said = {name: value for name, value in own.config.items() if name not in unsaid}
-    return SAMPLERS[sampler_type].from_config({**UNSAID, **said})
+    said = {name: value for name, value in own.config.items() if name not in unsaid and name[0] != "_"}
+    return {**UNSAID, **said}
 
 
 def draw(

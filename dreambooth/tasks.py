@@ -25,6 +25,7 @@ from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.module import DreamBoothModule
+from dreambooth.optimizers import checked
 from dreambooth.report.overrides import record
 from dreambooth.run_folder import is_rank_zero, open_run
 
@@ -95,9 +96,9 @@ def make_module(cfg: DictConfig, family: Family) -> DreamBoothModule:
     return DreamBoothModule(
         family,
         build(model.tuning)(family),
-        build(model.objective)(family.scheduler),
+        build(model.objective)(family.scheduler, build(model.loss)),
         build(model.weighting),
-        build(model.optim),
+        checked(build(model.optim)),
         dict(model.sched),
         model.prior_loss_weight,
         model.noise_offset,

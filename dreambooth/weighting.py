@@ -16,6 +16,22 @@ def min_snr(snr: Tensor, gamma: float = 5.0) -> Tensor:
     return snr.clamp(max=gamma)
 
 
+def soft_min_snr(snr: Tensor, gamma: float = 5.0) -> Tensor:
+    """snr gamma / (snr + gamma): ``min_snr`` without its corner, ``snr`` (B,) to weights (B,).
+
+    1 / (sigma^2 + 1 / gamma) of Crowson et al. 2024 (https://arxiv.org/abs/2401.11605), with sigma^2 = 1 / snr.
+    """
+    return snr * gamma / (snr + gamma)
+
+
+def debiased(snr: Tensor) -> Tensor:
+    """sqrt(snr), which is 1 / sqrt(snr) on the loss of the noise: ``snr`` (B,) to weights (B,).
+
+    Yu et al. 2023 (https://arxiv.org/abs/2310.08442): an error of the noise moves x0 by snr^-1/2 as much.
+    """
+    return snr.sqrt()
+
+
 def blend(snr: Tensor, x0: float = 0.3) -> Tensor:
     """snr + x0: the loss of the noise plus ``x0`` times the loss of x0, ``snr`` (B,) to weights (B,).
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from dreambooth.data.regularization import MANIFEST, fill, inspect, plan
 from dreambooth.errors import UserError
@@ -236,6 +236,9 @@ def test_every_sampler_takes_the_checkpoints_schedule_and_leaves_no_trace(
         assert torch.equal(scheduler.alphas_cumprod, own.alphas_cumprod)
     assert scheduler_for(own, "DDIM").config.clip_sample is False
     assert scheduler_for(own, "PLMS").config.skip_prk_steps is True
+    assert (
+        scheduler_for(DDIMScheduler(), "DDIM").config.clip_sample is False
+    )  # it says nothing, and diffusers would clip
     assert not caplog.records
 
 

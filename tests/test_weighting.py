@@ -7,7 +7,7 @@ from diffusers.training_utils import compute_snr
 from hydra.utils import instantiate
 
 from dreambooth.objective import Diffusion
-from dreambooth.weighting import min_snr, uniform
+from dreambooth.weighting import debiased, min_snr, soft_min_snr, uniform
 
 T = torch.arange(0, 1000, 37)
 
@@ -28,6 +28,23 @@ def test_min_snr_is_the_published_weight(prediction_type, published):
     x0, noise = torch.zeros(2, len(T), 1, 2, 2)
     pred = objective.target(x0, noise, T) + 1
     torch.testing.assert_close(objective.loss(pred, x0, noise, T, min_snr), published(objective.snr(T)))
+
+
+def test_debiased_is_the_published_weight_of_the_noise():
+    """Yu et al. 2023: 1 / sqrt(snr) on the loss of the noise."""
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    objective = Diffusion(scheduler.alphas_cumprod, "epsilon")
+    x0, noise = torch.zeros(2, len(T), 1, 2, 2)
+    torch.testing.assert_close(objective.loss(noise + 1, x0, noise, T, debiased), compute_snr(scheduler, T).rsqrt())
+
+
+def test_soft_min_snr_is_the_published_weight_and_below_both_of_its_limits():
+    """Crowson et al. 2024: 1 / (sigma^2 + 1 / gamma); it tends to snr and to gamma."""
+    snr = torch.tensor([1e-4, 0.1, 5.0, 50.0, 1e5])
+    sigma = snr.rsqrt()
+    torch.testing.assert_close(soft_min_snr(snr), 1 / (sigma.square() + 1 / 5.0))
+    assert (soft_min_snr(snr) < min_snr(snr)).all()
+    torch.testing.assert_close(soft_min_snr(snr)[[0, 4]], torch.tensor([1e-4, 5.0]), rtol=1e-4, atol=0)
 
 
 def test_cards_can_name_every_weighting():

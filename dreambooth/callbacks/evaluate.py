@@ -89,7 +89,7 @@ class Evaluate(pl.Callback):
             return
         if best != trainer.global_step:
             log.info("step %d has the best trade-off of likeness and drift: it is kept and exported", best)
-            self._restore(pl_module, folder / BEST)
+            pl_module.settle_on(load_file(folder / BEST))
         self._draw_set(trainer, pl_module, "after")
         self._write(folder / FOLDER, best, trainer.max_steps)
 
@@ -172,12 +172,6 @@ class Evaluate(pl.Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
             save_file({name: value.contiguous() for name, value in pl_module.learned.state_dict().items()}, temporary)
-
-    def _restore(self, pl_module: Any, path: Path) -> None:
-        """Put the kept weights in the place of both the last ones and their averages."""
-        pl_module.learned.load_state_dict(load_file(path))
-        for weight, average in zip(pl_module.learning(), pl_module.ema or [], strict=False):
-            average.data.copy_(weight.data)
 
 
 def read_curves(path: Path, last_step: int) -> list[dict[str, Any]]:

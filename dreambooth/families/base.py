@@ -18,7 +18,7 @@ class Family(ABC):
     ``factor`` is the number of pixels a latent cell spans, ``source`` what ``model.from_pretrained`` named.
     """
 
-    scheduler: Any  # of diffusers, the checkpoint's own
+    scheduler: Any  # of diffusers, the checkpoint's own; within module.averaged() that of the objective
     tokenizer: Any  # of transformers, that of the first text encoder
     factor: int
     source: str
@@ -62,7 +62,7 @@ class Family(ABC):
 
     @abstractmethod
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write all networks as a diffusers folder, weights in ``dtype`` (None: as they are). See folder.export."""
+        """Write all networks and the scheduler as a diffusers folder, weights in ``dtype`` (None: as they are)."""
 
     def fingerprint(self, *names: str, fresh: bool = False) -> str:
         """16 hex digits of the weights of the named networks (all by default).

@@ -119,10 +119,13 @@ def load_scheduler(folder: Path) -> Any:
     return getattr(diffusers, name).from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
 
 
-def export(source: Path, networks: dict[str, nn.Module], folder: Path, dtype: torch.dtype | None = None) -> None:
+def export(
+    source: Path, networks: dict[str, nn.Module], scheduler: Any, folder: Path, dtype: torch.dtype | None = None
+) -> None:
     """Write ``networks`` and all else that ``source`` has as a folder that DiffusionPipeline loads and draws with.
 
-    Configs, tokenizer, scheduler and safety checker are copies. The folder appears whole or not at all.
+    Configs, tokenizer and safety checker are copies, and so is the scheduler unless it is another than the source's.
+    The folder appears whole or not at all.
 
     Raises:
         UserError: the folder cannot be written.
@@ -138,6 +141,9 @@ def export(source: Path, networks: dict[str, nn.Module], folder: Path, dtype: to
                 continue
             if name in networks:
                 _write_network(source / name, networks[name], partial / name, dtype)
+            elif name == "scheduler" and dict(scheduler.config) != dict(load_scheduler(source).config):
+                scheduler.save_pretrained(partial / name)
+                index[name] = ["diffusers", type(scheduler).__name__]
             else:
                 _copy_component(source / name, partial / name)
         write_json(partial / INDEX, index)

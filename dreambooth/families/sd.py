@@ -84,7 +84,7 @@ class StableDiffusion(Family):
         return pipeline
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        folders.export(self.folder, self.networks, folder, dtype)
+        folders.export(self.folder, self.networks, self.scheduler, folder, dtype)
 
     def _warn_of_cuts(self, prompts: list[str]) -> None:
         """Say once of a prompt that its end is not read; 2 of its tokens are the start and the end."""

@@ -1,0 +1,69 @@
+"""What optimizers need beyond torch's contract. Most need nothing: a card in conf/model/optim/ names their class."""
+
+import contextlib
+import inspect
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from dreambooth.errors import UserError
+
+
+def checked(optim: "partial[Optimizer]") -> "partial[Optimizer]":
+    """``optim`` as it is; UserError when its class does not have one of the keys, before there is anything to learn."""
+    try:
+        inspect.signature(optim.func).bind(None, **optim.keywords)
+    except TypeError as error:
+        raise UserError(f"model.optim: {error} of {optim.func.__name__}; leave it out with ~model.optim.KEY") from None
+    return optim
+
+
+def prodigy(**settings: Any) -> "partial[Optimizer]":
+    """Prodigy (https://arxiv.org/abs/2306.06101), still to be given what learns, without the line that it prints."""
+    from prodigyopt import Prodigy
+
+    def silent(parameters: Any, **settings: Any) -> Optimizer:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return Prodigy(parameters, **settings)
+
+    return partial(silent, **settings)
+
+
+def adamw_8bit(**settings: Any) -> "partial[Optimizer]":
+    """AdamW with moments of 8 bits (https://arxiv.org/abs/2110.02861), still to be given what learns.
+
+    Raises UserError without a GPU.
+    """
+    if not torch.cuda.is_available():
+        raise UserError(
+            "model/optim=adamw_8bit needs a CUDA GPU, and pip install bitsandbytes; "
+            "type model/optim=adamw, or model/optim=adafactor for less memory"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    return partial(AdamW8bit, **settings)
+
+
+@contextmanager
+def evaluated(optimizer: Optimizer | None, weights: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Within, the weights are those which a Schedule-Free optimizer made: an average of its steps, not the last one.
+
+    (Defazio et al. 2024, https://arxiv.org/abs/2405.15682: gradients are taken at y, x is evaluated.) Afterwards they
+    are what they were, bit for bit, which its own way back is not. Other optimizers change nothing.
+    """
+    if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
+        yield
+        return
+    kept = [weight.detach().clone() for weight in weights]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        for weight, value in zip(weights, kept, strict=True):
+            weight.data.copy_(value)
