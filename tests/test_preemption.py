@@ -23,7 +23,7 @@ STEPS, STRUCK = 4, 2  # of the run, and the step in which the signal comes
 
 
 class Watch(pl.Callback):
-    """From one step's beginning to the next's, calls ``seen`` with the number of each call and return, and its frame."""
+    """For a step, calls ``seen`` with the number of each call or return, and its frame."""
 
     def __init__(self, seen: Callable[[int, Any], None]) -> None:
         self.seen, self.count = seen, 0
