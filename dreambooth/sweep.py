@@ -4,6 +4,7 @@ Importable without torch: Hydra makes the callback before anything else is loade
 """
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -49,6 +50,8 @@ class SweepTable(Callback):
         except UserError as error:
             print(f"dreambooth: {error}", file=sys.stderr)
             sys.exit(2)
+        # Where a cluster keeps no accounts, it says so at every look, three times.
+        logging.getLogger("submitit").setLevel(logging.ERROR)
         if is_rank_zero():
             shutil.rmtree(Path(config.hydra.sweep.dir) / RECORDS, ignore_errors=True)
 
