@@ -39,5 +39,5 @@ clean:  ## remove .venv, dist and caches; outputs/ stays
 	@touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,slurm,test]"
 	@touch $@

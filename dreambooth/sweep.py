@@ -4,6 +4,7 @@ Importable without torch: Hydra makes the callback before anything else is loade
 """
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -44,9 +45,13 @@ class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             hub.check(config)  # before jobs are submitted that would wait for their turn to say so
+            if submits(config.hydra) and shutil.which("srun") is None:
+                raise UserError("hydra/launcher=slurm: there is no srun here; type it on a login node of the cluster")
         except UserError as error:
             print(f"dreambooth: {error}", file=sys.stderr)
             sys.exit(2)
+        # Where a cluster keeps no accounts, it says so at every look, three times.
+        logging.getLogger("submitit").setLevel(logging.ERROR)
         if is_rank_zero():
             shutil.rmtree(Path(config.hydra.sweep.dir) / RECORDS, ignore_errors=True)
 
@@ -84,13 +89,18 @@ def is_sweep(hydra_node: Any) -> bool:
     return bool(hydra_node.mode == RunMode.MULTIRUN)
 
 
+def submits(hydra_node: Any) -> bool:
+    """Whether the launcher hands jobs to SLURM."""
+    return "submitit" in str(hydra_node.launcher._target_)
+
+
 def refuse(cfg: Any, hydra_node: Any) -> None:
     """Raise UserError for a launcher that would not be asked, and for processes that Lightning would start in a sweep.
 
     It starts them with the command that was typed, so each would begin the whole sweep anew and wait for the others.
     """
-    sweep, submits = is_sweep(hydra_node), "submitit" in str(hydra_node.launcher._target_)
-    if submits and not sweep:
+    sweep, submitted = is_sweep(hydra_node), submits(hydra_node)
+    if submitted and not sweep:
         typed = shlex.join(["dreambooth", "-m", *sys.argv[1:]])
         raise UserError(f"without -m Hydra asks no launcher and trains on this machine: type {typed}")
     launched = (

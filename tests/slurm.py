@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel", "squeue")
+PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel", "squeue")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 NODES = ("n1", "n2")
 HOSTS = Path("/etc/hosts")
+LINE = f"127.0.0.1 {' '.join(NODES)}  # of the tests\n"  # MASTER_ADDR is a node's name
 # cred_expire: a requeued job waits that long, two minutes by default
 CONF = """
 ClusterName=tests
@@ -33,6 +34,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=30
@@ -90,10 +92,9 @@ def running_cluster() -> Iterator[Cluster]:
     """Two nodes that are idle, for as long as the context lasts."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     cluster, daemons = Cluster(folder), []
-    hosts = HOSTS.read_text()
     try:
         _write(folder)
-        HOSTS.write_text(f"{hosts.rstrip()}\n127.0.0.1 {' '.join(NODES)}\n")
+        _name_nodes(True)
         munge = ["--foreground", "--force", "--num-threads=2", f"--socket={folder}/munge.socket"]
         munge += [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         daemons.append(_start(cluster, "munged", *munge))
@@ -105,7 +106,7 @@ def running_cluster() -> Iterator[Cluster]:
         yield cluster
     finally:
         _stop(cluster, daemons)
-        HOSTS.write_text(hosts)
+        _name_nodes(False)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -124,9 +125,21 @@ def _write(folder: Path) -> None:
     (folder / "munge.key").chmod(0o400)
 
 
+def _name_nodes(known: bool) -> None:
+    """Add our line to the hosts, or take it away, that of killed tests too. In place: containers mount the file."""
+    others = HOSTS.read_text().replace(LINE, "")
+    HOSTS.write_text(others + ("" if others.endswith("\n") or not others else "\n") + LINE if known else others)
+
+
 def _start(cluster: Cluster, name: str, *arguments: str) -> subprocess.Popen:
     with (cluster.folder / f"{name}.out").open("ab") as out:
-        return subprocess.Popen([name, *arguments], env=cluster.env, stdout=out, stderr=out, start_new_session=True)
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig=TERM", name, *arguments],  # tests that are killed leave no daemon
+            env=cluster.env,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
 
 
 def _answer(cluster: Cluster, command: list[str]) -> str:

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_two_ranks_of_batch_1_are_one_of_batch_2(tiny_sd: Path, tmp_path: Path) -> None:
-    """Same noise, losses, step and averages; both ranks agree; a bad picture on one rank ends both and is named."""
+    """Same noise, losses, step and averages; both ranks agree; a bad picture on one rank ends both and is named; so
+    does a signal to one rank, at the same step."""
     subprocess.run(
         [sys.executable, str(ROOT / "tests/ranks.py"), str(tiny_sd), str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
@@ -40,3 +41,5 @@ def test_two_ranks_of_batch_1_are_one_of_batch_2(tiny_sd: Path, tmp_path: Path) 
     torch.testing.assert_close({name: state[name] for name in averages}, averages, atol=2e-4, rtol=0)
     assert (tmp_path / "rank0.txt").read_text() == (tmp_path / "rank1.txt").read_text()
     assert "instance/3:" in (tmp_path / "rank0.txt").read_text()
+    assert [(tmp_path / f"told{rank}.txt").read_text() for rank in (0, 1)] == ["143 at 4"] * 2
+    assert [path.name for path in (tmp_path / "told/checkpoints").iterdir()] == ["step_000004.ckpt"]

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.errors import MissingConfigException
 
-from dreambooth import cli
+from dreambooth import cli, nearest
 from dreambooth.report.sweep import finish
 from tests.runs import make_run
 from tests.tiny import short_run
@@ -119,6 +120,23 @@ def test_processes_that_lightning_would_start_are_refused(sweep, tmp_path: Path)
     assert lines[:-1] == lines[:1] * 2
     assert "hydra/launcher=slurm" in lines[0]
     assert not (tmp_path / "outputs" / "dreambooth" / "sweep.md").exists()
+
+
+def test_a_model_that_the_jobs_would_not_find_is_refused_before_they_are_submitted(sweep, tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    code, out, err = sweep("hydra/launcher=slurm", "model.from_pretrained=nobody/nothing", "model.revision=main")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("dreambooth: model.from_pretrained=nobody/nothing is not in ")
+    assert err.endswith("type where there is a network: hf download nobody/nothing --revision main\n")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_launcher_without_its_packages_is_one_line() -> None:
+    missing = MissingConfigException("", "hydra/launcher/submitit_slurm", [])
+    assert (
+        nearest.explain(missing, {}, [])
+        == 'hydra/launcher=slurm needs two more packages: pip install "dreambooth[slurm]"'
+    )
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The pictures of one subject and of its class, ready for training: checked, drawn, encoded, in order."""
 
 import logging
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
             center_crop=self.center_crop,
             random_flip=self.random_flip,
         )
+        several = self.num_workers > 0
         return DataLoader(
-            stream, batch_size=None, num_workers=self.num_workers, persistent_workers=self.num_workers > 0
+            stream, None, num_workers=self.num_workers, persistent_workers=several, worker_init_fn=outlive_signals
         )
 
     @property
@@ -212,3 +214,13 @@ class DreamBoothDataModule(pl.LightningDataModule):
             log.warning("each picture keeps one random crop and flip; model.data.cached_variants=8 gives it eight")
         outcome = f"ready, {' and '.join(made)}" if made else "found, nothing to make"
         log.info("%s %s", " and ".join(found) or "photos", outcome)
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a loader's process live on when its rank is told to stop, which has a step to end first.
+
+    A terminal and SLURM send their signals to it, too. After TERM it ends half a minute later, lest nobody ends it.
+    """
+    for sign in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(sign, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
