@@ -28,6 +28,7 @@ TASKS: dict[str, str] = {
     "benchmark": "dreambooth.benchmark.task:benchmark",
     "identifier": "dreambooth.identifier:identifier",
     "report": "dreambooth.report.task:report",
+    "shard": "dreambooth.sharding:shard",
     "pretrain": "dreambooth.pocket.pretrain:pretrain",
 }
 

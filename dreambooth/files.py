@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def _fault(path: Path, size: int, modified: int) -> str | None:
     return None
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path | BinaryIO) -> Image.Image:
     """A picture as 8-bit RGB, upright: EXIF-rotated, transparency over white, 16 bit scaled rather than clipped."""
     with Image.open(path) as file:
         file.load()

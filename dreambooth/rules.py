@@ -8,7 +8,7 @@ from dreambooth.nearest import nearest, nearest_key
 
 MISSING = "???"
 TEXT_OR_LIST = ("infer.prompts", "evaluate.prompts", "callbacks.sample_grid.prompts")
-ONE_OR_MANY = ("report.runs",)
+ONE_OR_MANY = ("report.runs", "shard.folders", "model.data.instance_shards", "model.data.regularization_shards")
 ANYTHING = ("trainer.devices", "trainer.strategy", "trainer.logger")  # Lightning takes several kinds
 NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "trainer.max_steps": int,
@@ -44,6 +44,10 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "infer.negative_prompt": str,
     "infer.out_path": str,
     "report.out_path": str,
+    "model.data.instance_shards": str,
+    "model.data.regularization_shards": str,
+    "shard.folders": str,
+    "shard.out_path": str,
 }
 SAMPLERS = ("DDIM", "PLMS", "DPM", "EULER")
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
@@ -76,6 +80,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         lambda value: value >= 1,
         """trainer.num_nodes trainer.accumulate_grad_batches trainer.log_every_n_steps model.micro_batch_size
         model.data.num_images_per_prompt model.data.resolution model.data.cached_variants model.data.train_data_repeats
+        model.data.shuffle shard.pictures_per_shard
         callbacks.nan_guard.patience callbacks.checkpoint.every_n_train_steps callbacks.sample_grid.every_n_train_steps
         callbacks.sample_grid.num_images_per_prompt callbacks.sample_grid.resolution infer.num_images_per_prompt
         evaluate.batch_size infer.batch_size

@@ -85,7 +85,7 @@ def prepare_data(cfg: DictConfig) -> tuple[Family, DreamBoothDataModule]:
     model = cfg.model
     family = build(model.family)
     shared = "micro_batch_size restore_from_path train_text_encoder use_cached_latents with_prior_preservation".split()
-    data = DreamBoothDataModule(family, **model.data, **{key: model[key] for key in shared}, seed=cfg.seed)
+    data = build(model.data)(family, **{key: model[key] for key in shared}, seed=cfg.seed)
     data.check()
     return family, data
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from diffusers import DiffusionPipeline
 from pytorch_lightning.strategies import Strategy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from dreambooth.data import checks, regularization
 from dreambooth.data.encoder import Encoder
@@ -79,13 +79,19 @@ class DreamBoothDataModule(pl.LightningDataModule):
     def check(self) -> None:
         """Look for every mistake in folders and sizes, without drawing or encoding; UserError names the first one."""
         checks.resolution(self.resolution, self.family.factor)
-        list_pictures(self.folders[INSTANCE], FOLDER_KEYS[INSTANCE])
-        if REGULARIZATION in self.roles:
-            checks.apart(self.folders[REGULARIZATION], self.folders[INSTANCE], regularization.KEY)
-            checks.writable(self.folders[REGULARIZATION], regularization.KEY)
-            regularization.inspect(self.folders[REGULARIZATION], self.settings())
+        for role in self.roles:
+            self.check_role(role)
         for role in self.roles if self.use_cached_latents else ():
             checks.writable(self.caches[role], CACHE_KEYS[role])
+
+    def check_role(self, role: str) -> None:
+        """Look for every mistake in a role's pictures."""
+        if role == INSTANCE:
+            list_pictures(self.folders[INSTANCE], FOLDER_KEYS[INSTANCE])
+            return
+        checks.apart(self.folders[REGULARIZATION], self.folders[INSTANCE], regularization.KEY)
+        checks.writable(self.folders[REGULARIZATION], regularization.KEY)
+        regularization.inspect(self.folders[REGULARIZATION], self.settings())
 
     def setup(self, stage: str | None = None) -> None:
         """Fill the regularization folder and the caches, together with the other ranks, then free the device."""
@@ -114,23 +120,34 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The endless stream from the trainer's step on; it has no length, so Lightning keeps no place in it."""
-        assert self.trainer is not None
-        stream = Stream(
-            self.ready,
-            micro_batch_size=self.micro_batch_size,
-            seed=self.seed,
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-            accumulate=self.trainer.accumulate_grad_batches,
-            first_step=self.trainer.global_step,
-            resolution=self.resolution,
-            center_crop=self.center_crop,
-            random_flip=self.random_flip,
-        )
         several = self.num_workers > 0
         return DataLoader(
-            stream, None, num_workers=self.num_workers, persistent_workers=several, worker_init_fn=outlive_signals
+            self.stream(),
+            None,
+            num_workers=self.num_workers,
+            persistent_workers=several,
+            worker_init_fn=outlive_signals,
         )
+
+    def stream(self) -> IterableDataset:
+        """The micro-batches of this rank."""
+        return Stream(self.ready, **self.division)
+
+    @property
+    def division(self) -> dict[str, Any]:
+        """How ``Stream`` divides the pictures over steps and ranks, and looks at them."""
+        assert self.trainer is not None
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "seed": self.seed,
+            "rank": self.trainer.global_rank,
+            "world": self.trainer.world_size,
+            "accumulate": self.trainer.accumulate_grad_batches,
+            "first_step": self.trainer.global_step,
+            "resolution": self.resolution,
+            "center_crop": self.center_crop,
+            "random_flip": self.random_flip,
+        }
 
     @property
     def epoch_size(self) -> int:

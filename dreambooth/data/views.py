@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def draw_view(generator: torch.Generator, center_crop: bool, random_flip: bool) 
     return View((0.5, 0.5) if center_crop else (x, y), random_flip and coin < 0.5)
 
 
-def pixels(path: Path, view: View, resolution: int) -> Tensor:
+def pixels(path: Path | BinaryIO, view: View, resolution: int) -> Tensor:
     """A picture as (3, resolution, resolution) in [-1, 1].
 
     The short side is resized to ``resolution`` by PIL's bilinear filter, which antialiases, then the square is cropped,

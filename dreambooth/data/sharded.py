@@ -1,0 +1,136 @@
+"""Pictures of the subject or of its class from tar shards, in numbers that no folder should hold."""
+
+import logging
+import time
+from typing import Any
+
+from dreambooth.data import regularization
+from dreambooth.data.datamodule import FOLDER_KEYS, INSTANCE, REGULARIZATION, DreamBoothDataModule
+from dreambooth.data.encoder import Encoder
+from dreambooth.data.shards import expand, inspect, pictures
+from dreambooth.data.streaming import FolderRole, ShardRole, ShardStream
+from dreambooth.errors import UserError
+from dreambooth.families.base import Family
+from dreambooth.files import list_pictures
+
+log = logging.getLogger(__name__)
+
+KEYS = {INSTANCE: "model.data.instance_shards", REGULARIZATION: "model.data.regularization_shards"}
+
+
+class ShardedDataModule(DreamBoothDataModule):
+    """Instance pictures, regularization pictures or both from tar shards; a role without shards has its folder.
+
+    Every step encodes its pictures: a cache of a set that no disk should hold in files would be such a set again. If
+    any picture has a caption (``shards.inspect``), every step reads its prompts too. See ``streaming.Reader`` for the
+    order; it depends on the number of readers, ranks times loader processes, which checkpoints keep.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        instance_shards: str | list[str] | None = None,
+        regularization_shards: str | list[str] | None = None,
+        instance_dir: str | None = None,
+        shuffle: int = 256,
+        use_cached_latents: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__(family, instance_dir=instance_dir or "", use_cached_latents=False, **settings)
+        given = {INSTANCE: instance_shards, REGULARIZATION: regularization_shards}
+        self.given = {role: shards for role, shards in given.items() if shards and role in self.roles}
+        self.shuffle, self.wants_cache, self.has_folder = shuffle, use_cached_latents, bool(instance_dir)
+        self.shards: dict[str, list[str]] = {}
+        self.captioned = False
+
+    def check(self) -> None:
+        """As of folders; shards are opened, and their first picture and their end looked at."""
+        if not self.given:
+            raise UserError(f"model/data=webdataset: no shards are named; type {KEYS[INSTANCE]}='shards/*.tar'")
+        super().check()
+
+    def check_role(self, role: str) -> None:
+        """Look for every mistake in a role's pictures."""
+        if role in self.given:
+            self.shards[role] = expand(self.given[role], KEYS[role])
+            self.captioned |= inspect(self.shards[role], KEYS[role])
+        elif role == INSTANCE and not self.has_folder:
+            raise UserError(f"neither {KEYS[role]} nor {FOLDER_KEYS[role]} is set; type one of them")
+        else:
+            super().check_role(role)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw what the regularization folder lacks, if it has one; encode the prompts; free the device."""
+        self.check()
+        start = time.perf_counter()
+        drawn = self.draw_missing() if self.roles[-1] == REGULARIZATION and REGULARIZATION not in self.given else 0
+        filled = time.perf_counter()
+        encoder = Encoder(self.family, self.strategy.root_device, self.resolution, {}, self.shared)
+        self.ready = [self.role(name, encoder) for name in self.roles]  # type: ignore[assignment]
+        self.settle()
+        folders = {role.name: len(role.paths) for role in self.ready if isinstance(role, FolderRole)}
+        self.counts = {
+            "num_instance": folders.get(INSTANCE),
+            "num_regularization": folders.get(REGULARIZATION, None if REGULARIZATION in self.given else 0),
+            "num_shards": {name: len(shards) for name, shards in self.shards.items()},
+            "regularization_generated": drawn,
+            "latents_encoded": 0,
+            "seconds": {"prepare_regularization": filled - start, "cache_latents": time.perf_counter() - filled},
+        }
+        self.report()
+
+    def role(self, name: str, encoder: Encoder) -> FolderRole | ShardRole:
+        """What is streamed, with the embeddings of its prompt unless every step reads prompts."""
+        cond = None if self.train_text_encoder or self.captioned else encoder.prompt(name, self.prompts[name])
+        if name in self.shards:
+            return ShardRole(name, self.prompts[name], self.shards[name], self.shuffle, cond)
+        paths = list_pictures(self.folders[name], FOLDER_KEYS[name], known=(regularization.MANIFEST,))
+        return FolderRole(name, self.prompts[name], paths, cond)
+
+    def stream(self) -> ShardStream:
+        """The micro-batches of this rank."""
+        return ShardStream(self.ready, **self.division)  # type: ignore[arg-type]
+
+    @property
+    def epoch_size(self) -> int:
+        """How many photos an epoch counts; those in shards are counted by reading them all."""
+        if INSTANCE not in self.shards:
+            return super().epoch_size
+        start = time.perf_counter()
+        size = sum(1 for shard in self.shards[INSTANCE] for _ in pictures(shard))
+        log.info("%d instance pictures in the shards, counted in %.1f s", size, time.perf_counter() - start)
+        return self.train_data_repeats * size
+
+    def settle(self) -> None:
+        """Free the device; the text encoder stays when every step reads prompts."""
+        super().settle()
+        for name in self.family.networks if self.captioned else ():
+            if name.startswith("text_encoder"):
+                self.family.move(self.strategy.root_device, name)
+
+    def report(self) -> None:
+        """Say in one line what was found."""
+        found = [f"{len(shards)} {name} shard{'s' * (len(shards) > 1)}" for name, shards in self.shards.items()]
+        prompts = "with captions" if self.captioned else "without captions"
+        log.info("%s %s; each step encodes its pictures", " and ".join(found), prompts)
+        if self.wants_cache:
+            log.info("model.use_cached_latents=true counts for folders, not beside shards")
+
+    @property
+    def readers(self) -> int:
+        """How many share the shards."""
+        assert self.trainer is not None
+        return self.trainer.world_size * max(1, self.num_workers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order depends on beside the seed."""
+        return {"readers": self.readers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say so when the order is another from here on."""
+        if state_dict["readers"] != self.readers:
+            log.warning(
+                "%d readers (ranks x model.data.num_workers) shared the shards, now %d do: from here on the pictures "
+                "come in another order than they would have come in",
+                *(state_dict["readers"], self.readers),
+            )
