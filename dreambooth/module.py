@@ -16,6 +16,8 @@ from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.noise import gaussian, seed_of, stratified
 from dreambooth.objective import Diffusion, Weighting
+from dreambooth.reader import Reader
+from dreambooth.tuning.base import Tuning, swapped
 
 LOSSES = ("loss", "instance_loss", "prior_loss")
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
@@ -35,10 +37,11 @@ def prior_loss(per_example: Tensor, is_prior: Tensor, weight: float) -> tuple[Te
 
 
 class DreamBoothModule(pl.LightningModule):
-    """Fine-tunes the ``learned`` networks of a family on a subject, with or without the prior of its class.
+    """Fine-tunes what a ``tuning`` lets learn of a family on a subject, with or without the prior of its class.
 
-    Registers only what learns (and its moving average ``ema``, if a callback keeps one), so neither checkpoints nor
-    strategies see a frozen network. ``step_metrics`` holds the last optimizer step: loss, instance_loss, prior_loss
+    Registers only the networks in which something learns (and its moving average ``ema``, if a callback keeps one), so
+    strategies see no other; their state_dict holds what learns and nothing else. With ``prior`` "teacher" the target of
+    the class is what the untouched base predicts for it. ``step_metrics`` holds the last optimizer step: loss, instance_loss, prior_loss
     (means over accumulation and ranks), loss_q1 to loss_q4 (of the examples in each quarter of the noise levels, from
     the least noise to the most; NaN where there was none), grad_norm (before clipping) and lr, as tensors that nobody
     has waited for.
@@ -47,7 +50,7 @@ class DreamBoothModule(pl.LightningModule):
     def __init__(
         self,
         family: Family,
-        learned: dict[str, nn.Module],
+        tuning: Tuning,
         objective: Diffusion,
         weighting: Weighting | None,
         optim: "partial[Optimizer]",
@@ -56,19 +59,25 @@ class DreamBoothModule(pl.LightningModule):
         noise_offset: float = 0.0,
         gradient_checkpointing: bool = False,
         seed: int = 1234,
+        prior: str = "images",
     ) -> None:
         super().__init__()
         self.family, self.objective, self.weighting = family, objective, weighting
-        self.learned = nn.ModuleDict(learned)
+        self.tuning, self.learned = tuning, tuning.learned
+        self.resting = Reader(family)  # of a text encoder that learns no longer
+        self.unaware = Reader(family) if prior == "teacher" else None  # of one that never learned
+        if prior == "teacher":
+            tuning.remember()
         self.optim, self.sched = optim, sched
         self.prior_loss_weight, self.noise_offset, self.seed = prior_loss_weight, noise_offset, seed
         self.base = family.fingerprint()
         self.ema: nn.ParameterList | None = None
         self.step_metrics: dict[str, Tensor] = {}
+        self.stopped = False
         self._losses: list[Tensor] = []
         self._quarters: list[Tensor] = []
         if gradient_checkpointing:
-            for network in learned.values():
+            for network in self.learned.values():
                 recompute_activations(network)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -81,9 +90,12 @@ class DreamBoothModule(pl.LightningModule):
             noise = noise + self.noise_offset * self.draw(batch, "offset", (x0.shape[1], 1, 1))
         t = self.objective.sample_t(self.draw_levels(batch))
         x_t = self.objective.add_noise(x0, noise, t)
+        target = self.objective.target(x0, noise, t)
+        if self.unaware is not None:
+            target = self.teach(batch, x_t, t, target)
         cond = batch["cond"] if "cond" in batch else self.read(batch["prompts"])
         pred = self.family.denoise(x_t, t, cond)
-        per_example = self.objective.loss(pred, x0, noise, t, self.weighting)
+        per_example = self.objective.loss(pred, x0, noise, t, self.weighting, target)
         loss, instance, prior = prior_loss(per_example, batch["is_prior"], self.prior_loss_weight)
         self._losses.append(torch.stack([loss, instance, prior]).detach())
         self._quarters.append(self.objective.by_quarter(per_example.detach(), t))
@@ -114,19 +126,48 @@ class DreamBoothModule(pl.LightningModule):
             return self.family.encode_pictures(pixels)
 
     def read(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Conditions (B, …) of prompts: each distinct one, of the two that a batch has, is read once."""
+        """Conditions (B, …) of prompts: each distinct one is read once a batch, or once for all when none learns."""
+        if self.stopped:
+            return self.resting(prompts, self.device)
         distinct = list(dict.fromkeys(prompts))
         rows = self.send(torch.tensor([distinct.index(prompt) for prompt in prompts]))
         return {name: value[rows] for name, value in self.family.encode_prompts(distinct).items()}
 
+    def teach(self, batch: dict[str, Any], x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
+        """The targets (B, C, h, w), those of the class replaced by what the untouched base predicts for the same x_t.
+
+        The class has no pictures of its own then: x_t is noise on the instance's, as in the "differential output
+        preservation" of ai-toolkit, and only the prompt names the class. It asks what the subject's pictures need: that
+        the class prompt goes on saying there what it said.
+        """
+        rows = [place for place, index in enumerate(batch["index"]) if index >= batch["global_size"]]
+        with torch.no_grad(), self.tuning.untouched():
+            if "cond" in batch:
+                cond = {name: value[rows] for name, value in batch["cond"].items()}
+            else:
+                cond = self.unaware([batch["prompts"][row] for row in rows], self.device)  # type: ignore[misc]
+            target = target.clone()
+            target[rows] = self.family.denoise(x_t[rows], t[rows], cond).to(target)
+        return target
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """From ``tuning.stop_text_encoder_at`` on, the text encoder is frozen, read once a prompt, and off the device."""
+        stop = self.tuning.stop_text_encoder_at
+        if stop is None or batch["step"] < stop or self.stopped or not self.tuning.learns_text:
+            return
+        self.stopped = True
+        for weight in self.tuning.stop_text():
+            weight.grad = None
+            for optimizer in self.trainer.optimizers:
+                optimizer.state.pop(weight, None)
+
     def configure_optimizers(self) -> Any:
         """Optimizer and diffusers' schedule (by its name), advanced at every optimizer step."""
-        learned = self.learning()
-        if any(weight.dtype != torch.float32 for weight in learned):
+        if any(weight.dtype != torch.float32 for weight in self.learning()):
             raise UserError("trained weights must stay float32: type trainer.precision=bf16-mixed, 16-mixed or 32-true")
         # One fused pass over the weights takes a fifth of the usual one's time; Lightning's fp16 scaling rules it out.
         fused = {"fused": True} if "fused" in inspect.signature(self.optim.func).parameters and not self.scaled else {}
-        optimizer = self.optim(learned, **{**fused, **self.optim.keywords})
+        optimizer = self.optim(self.tuning.groups(), **{**fused, **self.optim.keywords})
         schedule = get_scheduler(
             self.sched["name"],
             optimizer,
@@ -182,19 +223,22 @@ class DreamBoothModule(pl.LightningModule):
 
     def learning(self) -> list[nn.Parameter]:
         """The parameters that learn, in the order of ``ema``."""
-        return [weight for weight in self.learned.parameters() if weight.requires_grad]
+        return list(self.tuning.weights().values())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within, the networks hold the averaged weights if there are any; tensors change hands, nothing is copied."""
-        pairs = list(zip(self.learning(), self.ema or [], strict=self.ema is not None))
-        try:
-            for weight, average in pairs:
-                weight.data, average.data = average.data, weight.data
+        if self.ema is None:
             yield
-        finally:
-            for weight, average in pairs:
-                weight.data, average.data = average.data, weight.data
+            return
+        with swapped(self.learning(), [average.data for average in self.ema]):
+            yield
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Within, the networks are what ``pipeline/`` would hold: averaged, and adapters merged into their weights."""
+        with self.averaged(), self.tuning.merged():
+            yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which base the weights grew from: they fit no other."""

@@ -60,9 +60,21 @@ class Diffusion:
         a = self._alpha(t)
         return a / (1 - a)
 
-    def loss(self, pred: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weighting: Weighting | None = None) -> Tensor:
-        """The mean squared error of each example, (B,) float32, times its weight (None: 1)."""
-        loss = (pred.float() - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
+    def loss(
+        self,
+        pred: Tensor,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        weighting: Weighting | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """The mean squared error of each example, (B,) float32, times its weight (None: 1).
+
+        ``target`` (B, ...) stands in the place of what x0 and the noise make the network's goal.
+        """
+        target = self.target(x0, noise, t) if target is None else target
+        loss = (pred.float() - target.float()).square().flatten(1).mean(1)
         if weighting is None:
             return loss
         snr = self.snr(t).clamp(min=2**-24)  # schedules rescaled to zero terminal SNR would give 0 / 0

@@ -18,6 +18,8 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "model.variant": str,
     "model.restore_from_path": str,
     "model.ema.decay": float,
+    "model.tuning.text_encoder_lr": float,
+    "model.tuning.stop_text_encoder_at": int,
     "callbacks.sample_grid.every_n_train_steps": int,
     "model.data.cached_instance_dir": str,
     "model.data.cached_reg_dir": str,
@@ -50,6 +52,7 @@ CHOICES = {
     "callbacks.sample_grid.sampler_type": SAMPLERS,
     "evaluate.sampler_type": SAMPLERS,
     "infer.sampler_type": SAMPLERS,
+    "model.prior": ("images", "teacher"),
     "metrics.text": ("class", "identifier"),
 }  # fmt: skip
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of which keys
@@ -58,7 +61,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         lambda value: value >= 0,
         """seed identifier.seed infer.seed evaluate.seed callbacks.evaluate.seed callbacks.evaluate.drift_weight
         callbacks.sample_grid.seed model.prior_loss_weight model.noise_offset
-        model.sched.warmup_steps model.weighting.x0 model.optim.weight_decay model.data.num_reg_images
+        model.sched.warmup_steps model.weighting.x0 model.optim.weight_decay
+        model.tuning.stop_text_encoder_at model.data.num_reg_images
         model.data.num_workers model.data.sampler.unconditional_guidance_scale
         callbacks.sample_grid.unconditional_guidance_scale infer.unconditional_guidance_scale
         evaluate.unconditional_guidance_scale""",
@@ -74,7 +78,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         benchmark.num_prompts
         benchmark.num_images_per_prompt benchmark.num_class_images identifier.candidates identifier.max_characters
         identifier.num_images callbacks.evaluate.num_images_per_prompt
-        callbacks.evaluate.num_class_images callbacks.evaluate.patience""",
+        callbacks.evaluate.num_class_images callbacks.evaluate.patience model.tuning.rank""",
     ),
     ("at least 1, or -1 for no end", lambda value: value >= 1 or value == -1, "trainer.max_steps trainer.max_epochs"),
     ("at least 1, or -1 to keep all", lambda value: value >= 1 or value == -1, "callbacks.checkpoint.save_last_k"),
@@ -88,7 +92,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         "above 0",
         lambda value: value > 0,
         "callbacks.evaluate.max_drift callbacks.evaluate.target "
-        "trainer.gradient_clip_val model.weighting.gamma model.optim.lr model.optim.eps",
+        "trainer.gradient_clip_val model.weighting.gamma model.optim.lr model.optim.eps model.tuning.text_encoder_lr model.tuning.alpha",
     ),
     ("between 0 and 1", lambda value: 0 < value < 1, "model.ema.decay"),
     ("two below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "model.optim.betas"),

@@ -95,6 +95,7 @@ def make_module(cfg: DictConfig, family: Family) -> DreamBoothModule:
         model.noise_offset,
         model.gradient_checkpointing,
         cfg.seed,
+        model.prior,
     )
 
 

@@ -8,13 +8,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from dreambooth import tuning
 from dreambooth.callbacks.checkpoint import AtomicCheckpointIO
 from dreambooth.data.pairs import Role, Stream
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.module import DreamBoothModule
 from dreambooth.objective import Diffusion
 from dreambooth.tasks import quieten
+from dreambooth.tuning.full import Full
 
 CONSTANT = {"name": "constant", "warmup_steps": 0, "num_cycles": 1, "power": 1.0}
 PROMPTS = {"instance": "a photo of sks dog", "regularization": "a photo of dog"}
@@ -59,13 +59,15 @@ class Latents(pl.LightningDataModule):
         return DataLoader(stream, batch_size=None)
 
 
-def module_of(folder: Path, *, text: bool = False, optim: Any = None, weighting: Any = None, **options: Any):
+def module_of(
+    folder: Path, *, text: bool = False, tuning: Any = None, optim: Any = None, weighting: Any = None, **options: Any
+):
     """The module of a model folder with everything that learns, at a rate that shows within a few steps."""
     family = StableDiffusion(str(folder))
-    learned = tuning.full(family, train_text_encoder=text)
+    tuning = (tuning or Full)(family, train_text_encoder=text)
     optim = optim or partial(torch.optim.AdamW, lr=1e-3)
     options = {"sched": CONSTANT, "seed": 1, **options}
-    return DreamBoothModule(family, learned, Diffusion.from_scheduler(family.scheduler), weighting, optim, **options)
+    return DreamBoothModule(family, tuning, Diffusion.from_scheduler(family.scheduler), weighting, optim, **options)
 
 
 def run(
