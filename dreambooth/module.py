@@ -17,6 +17,7 @@ from dreambooth.families.base import Family
 from dreambooth.noise import gaussian, seed_of, stratified
 from dreambooth.objective import Diffusion, Weighting
 from dreambooth.reader import Reader
+from dreambooth.teacher import Teacher
 from dreambooth.tuning.base import Tuning, swapped
 
 LOSSES = ("loss", "instance_loss", "prior_loss")
@@ -41,10 +42,11 @@ class DreamBoothModule(pl.LightningModule):
 
     Registers only the networks in which something learns (and its moving average ``ema``, if a callback keeps one), so
     strategies see no other; their state_dict holds what learns and nothing else. With ``prior`` "teacher" the target of
-    the class is what the untouched base predicts for it. ``step_metrics`` holds the last optimizer step: loss, instance_loss, prior_loss
-    (means over accumulation and ranks), loss_q1 to loss_q4 (of the examples in each quarter of the noise levels, from
-    the least noise to the most; NaN where there was none), grad_norm (before clipping) and lr, as tensors that nobody
-    has waited for.
+    the class is what the untouched base predicts for it.
+
+    ``step_metrics`` holds the last optimizer step: loss, instance_loss, prior_loss (means over accumulation and ranks),
+    loss_q1 to loss_q4 (of the examples in each quarter of the noise levels, from the least noise to the most; NaN where
+    there was none), grad_norm (before clipping) and lr, as tensors that nobody has waited for.
     """
 
     def __init__(
@@ -65,15 +67,13 @@ class DreamBoothModule(pl.LightningModule):
         self.family, self.objective, self.weighting = family, objective, weighting
         self.tuning, self.learned = tuning, tuning.learned
         self.resting = Reader(family)  # of a text encoder that learns no longer
-        self.unaware = Reader(family) if prior == "teacher" else None  # of one that never learned
-        if prior == "teacher":
-            tuning.remember()
+        self.stopped = False
+        self.teacher = Teacher(tuning) if prior == "teacher" else None
         self.optim, self.sched = optim, sched
         self.prior_loss_weight, self.noise_offset, self.seed = prior_loss_weight, noise_offset, seed
         self.base = family.fingerprint()
         self.ema: nn.ParameterList | None = None
         self.step_metrics: dict[str, Tensor] = {}
-        self.stopped = False
         self._losses: list[Tensor] = []
         self._quarters: list[Tensor] = []
         if gradient_checkpointing:
@@ -91,8 +91,8 @@ class DreamBoothModule(pl.LightningModule):
         t = self.objective.sample_t(self.draw_levels(batch))
         x_t = self.objective.add_noise(x0, noise, t)
         target = self.objective.target(x0, noise, t)
-        if self.unaware is not None:
-            target = self.teach(batch, x_t, t, target)
+        if self.teacher is not None:
+            target = self.teacher(batch, x_t, t, target)
         cond = batch["cond"] if "cond" in batch else self.read(batch["prompts"])
         pred = self.family.denoise(x_t, t, cond)
         per_example = self.objective.loss(pred, x0, noise, t, self.weighting, target)
@@ -133,27 +133,9 @@ class DreamBoothModule(pl.LightningModule):
         rows = self.send(torch.tensor([distinct.index(prompt) for prompt in prompts]))
         return {name: value[rows] for name, value in self.family.encode_prompts(distinct).items()}
 
-    def teach(self, batch: dict[str, Any], x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
-        """The targets (B, C, h, w), those of the class replaced by what the untouched base predicts for the same x_t.
-
-        The class has no pictures of its own then: x_t is noise on the instance's, as in the "differential output
-        preservation" of ai-toolkit, and only the prompt names the class. It asks what the subject's pictures need: that
-        the class prompt goes on saying there what it said.
-        """
-        rows = [place for place, index in enumerate(batch["index"]) if index >= batch["global_size"]]
-        with torch.no_grad(), self.tuning.untouched():
-            if "cond" in batch:
-                cond = {name: value[rows] for name, value in batch["cond"].items()}
-            else:
-                cond = self.unaware([batch["prompts"][row] for row in rows], self.device)  # type: ignore[misc]
-            target = target.clone()
-            target[rows] = self.family.denoise(x_t[rows], t[rows], cond).to(target)
-        return target
-
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """From ``tuning.stop_text_encoder_at`` on, the text encoder is frozen, read once a prompt, and off the device."""
-        stop = self.tuning.stop_text_encoder_at
-        if stop is None or batch["step"] < stop or self.stopped or not self.tuning.learns_text:
+        """From step ``tuning.stop_text_encoder_at`` on the text encoder is frozen, and read once a prompt."""
+        if self.stopped or not self.tuning.stops_text(batch["step"]):
             return
         self.stopped = True
         for weight in self.tuning.stop_text():

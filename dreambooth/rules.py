@@ -37,6 +37,7 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "benchmark.num_prompts": int,
     "identifier.out_path": str,
     "infer.negative_prompt": str,
+    "infer.adapter": str,
     "infer.out_path": str,
     "report.out_path": str,
 }
@@ -92,7 +93,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         "above 0",
         lambda value: value > 0,
         "callbacks.evaluate.max_drift callbacks.evaluate.target "
-        "trainer.gradient_clip_val model.weighting.gamma model.optim.lr model.optim.eps model.tuning.text_encoder_lr model.tuning.alpha",
+        "trainer.gradient_clip_val model.weighting.gamma model.optim.lr model.optim.eps model.tuning.text_encoder_lr "
+        "model.tuning.alpha infer.adapter_scale",
     ),
     ("between 0 and 1", lambda value: 0 < value < 1, "model.ema.decay"),
     ("two below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "model.optim.betas"),
@@ -113,8 +115,11 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
         for key in keys.split():
             if values.get(key) is not None and not allowed(values[key]):
                 raise UserError(f"{key}={values[key]}: must be {what}")
-    if values["model.with_prior_preservation"] and values["model.data.num_reg_images"] == 0:
-        raise UserError("model.data.num_reg_images=0: type at least 1, or model.with_prior_preservation=false")
+    pictured = values["model.with_prior_preservation"] and values["model.prior"] == "images"
+    if pictured and values["model.data.num_reg_images"] == 0:
+        raise UserError(
+            "model.data.num_reg_images=0: type at least 1, model.prior=teacher, or model.with_prior_preservation=false"
+        )
     _check_prompts(values)
     benchmarked = values["task"] == "benchmark"
     if values["task"] in ("train", "prepare") or benchmarked:

@@ -120,7 +120,7 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("trainer.precision=16", ["did you mean '16-mixed'"]),
         ("model.data.resolution=foo", ["model.data.resolution=foo", "whole number"]),
         ("model.data.num_reg_images=-1", ["model.data.num_reg_images=-1", "at least 0"]),
-        ("model.data.num_reg_images=0", ["at least 1, or model.with_prior_preservation=false"]),
+        ("model.data.num_reg_images=0", ["at least 1, model.prior=teacher, or model.with_prior_preservation=false"]),
         ("model.data.num_reg_images=null", ["model.data.num_reg_images=None", "whole number"]),
         ("model.micro_batch_size=0", ["at least 1"]),
         ("model.prior_loss_weight=-0.1", ["at least 0"]),

@@ -84,7 +84,7 @@ class Family(ABC):
 
 
 def own_weights(network: nn.Module) -> dict[str, Tensor]:
-    """A network's weights by the names they have without adapters, and without those: what PEFT wraps is ``base_layer``."""
+    """A network's weights without its adapters, by the names they have without them (PEFT adds ``base_layer``)."""
     return {
         name.replace(".base_layer.", "."): value
         for name, value in network.state_dict().items()

@@ -79,6 +79,10 @@ class Tuning(ABC):
         """Whether something of a text encoder learns, or has learned before it was stopped."""
         return any(name.startswith(TEXT) for name in self.learned)
 
+    def stops_text(self, step: int) -> bool:
+        """Whether a text encoder that has learned is at rest in an optimizer step."""
+        return self.learns_text and self.stop_text_encoder_at is not None and step >= self.stop_text_encoder_at
+
     def stop_text(self) -> list[nn.Parameter]:
         """Freeze the text encoders; the parameters that learn no longer."""
         for name, network in self.learned.items():
@@ -88,7 +92,7 @@ class Tuning(ABC):
 
     def remember(self) -> None:
         """Keep what ``untouched`` needs; called before the first step, while nothing has learned."""
-        return None
+        return
 
     @contextmanager
     def untouched(self) -> Iterator[None]:

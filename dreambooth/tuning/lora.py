@@ -21,7 +21,7 @@ ADAPTER = "default"  # PEFT's own name for an adapter, by which diffusers' loade
 
 
 class Lora(Tuning):
-    """W + s·B·A in the place of W, with A (rank, in) and B (out, rank) learning in float32 (Hu et al. 2021, 2106.09685).
+    """W + s·B·A in the place of W; A (rank, in) and B (out, rank) learn, in float32 (Hu et al. 2021, arXiv 2106.09685).
 
     s = alpha / rank, or alpha / sqrt(rank) with ``use_rslora`` (Kalajdzievski 2023, 2312.03732). With ``use_dora`` the
     length of each row of the sum learns, too, apart from its direction (Liu et al. 2024, 2402.09353). A is drawn from
@@ -91,7 +91,7 @@ class Lora(Tuning):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Within, W + s·B·A are plain weights; afterwards W is the very tensor it was. Within itself it does nothing."""
+        """Within, W + s·B·A are plain weights; afterwards W is the very tensor it was. Nested, it does nothing."""
         layers = [layer for layer in self.layers() if not layer.merged]
         weights = [layer.get_base_layer().weight for layer in layers]
         kept = [weight.data for weight in weights]
@@ -107,10 +107,10 @@ class Lora(Tuning):
                 layer.merged_adapters.clear()
 
     def save(self, folder: Path) -> None:
-        """Write pytorch_lora_weights.safetensors in diffusers' layout, with what diffusers needs to rebuild the adapters.
+        """Write pytorch_lora_weights.safetensors in diffusers' layout, with the settings of the adapters.
 
-        Without that, alpha would be taken for the rank. Only what departs from PEFT's defaults is written of it: an
-        older PEFT refuses the names it does not know.
+        Without these, alpha would be taken for the rank. Only settings that every PEFT knows: an older one refuses
+        others.
         """
         parts: dict[str, Any] = {}
         for name, network in self.learned.items():
