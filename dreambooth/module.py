@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from diffusers.optimization import get_scheduler
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -142,6 +143,9 @@ class DreamBoothModule(pl.LightningModule):
             weight.grad = None
             for optimizer in self.trainer.optimizers:
                 optimizer.state.pop(weight, None)
+        if isinstance(self.trainer.strategy, DDPStrategy):  # would wait for the gradients of all that learned at first
+            self.trainer.strategy.model = self
+            self.trainer.strategy.configure_ddp()
 
     def configure_optimizers(self) -> Any:
         """Optimizer and diffusers' schedule (by its name), advanced at every optimizer step."""

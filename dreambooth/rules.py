@@ -62,8 +62,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         lambda value: value >= 0,
         """seed identifier.seed infer.seed evaluate.seed callbacks.evaluate.seed callbacks.evaluate.drift_weight
         callbacks.sample_grid.seed model.prior_loss_weight model.noise_offset
-        model.sched.warmup_steps model.weighting.x0 model.optim.weight_decay
-        model.tuning.stop_text_encoder_at model.data.num_reg_images
+        model.sched.warmup_steps model.weighting.x0 model.optim.weight_decay model.data.num_reg_images
         model.data.num_workers model.data.sampler.unconditional_guidance_scale
         callbacks.sample_grid.unconditional_guidance_scale infer.unconditional_guidance_scale
         evaluate.unconditional_guidance_scale""",
@@ -79,7 +78,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         benchmark.num_prompts
         benchmark.num_images_per_prompt benchmark.num_class_images identifier.candidates identifier.max_characters
         identifier.num_images callbacks.evaluate.num_images_per_prompt
-        callbacks.evaluate.num_class_images callbacks.evaluate.patience model.tuning.rank""",
+        callbacks.evaluate.num_class_images callbacks.evaluate.patience model.tuning.rank
+        model.tuning.stop_text_encoder_at""",
     ),
     ("at least 1, or -1 for no end", lambda value: value >= 1 or value == -1, "trainer.max_steps trainer.max_epochs"),
     ("at least 1, or -1 to keep all", lambda value: value >= 1 or value == -1, "callbacks.checkpoint.save_last_k"),
@@ -120,6 +120,9 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
         raise UserError(
             "model.data.num_reg_images=0: type at least 1, model.prior=teacher, or model.with_prior_preservation=false"
         )
+    for key in ("model.tuning.text_encoder_lr", "model.tuning.stop_text_encoder_at"):
+        if values.get(key) is not None and not values["model.train_text_encoder"]:
+            raise UserError(f"{key}={values[key]}: the text encoder does not learn; type model.train_text_encoder=true")
     _check_prompts(values)
     benchmarked = values["task"] == "benchmark"
     if values["task"] in ("train", "prepare") or benchmarked:

@@ -1,5 +1,8 @@
 """Every way of tuning with and without the prior, cached or not: what it computes, changes, keeps and hands out."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from dreambooth.tuning.full import Full
 from dreambooth.tuning.lora import Lora
 from tests.steps import CONSTANT, PROMPTS, Latents, module_of, run
 
+ROOT = Path(__file__).parent.parent
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
 LORA = partial(Lora, rank=2, alpha=3, target_modules=LAYERS, seed=5)
 TUNINGS: dict[str, tuple[Any, bool]] = {
@@ -30,7 +34,7 @@ TUNINGS: dict[str, tuple[Any, bool]] = {
     "full and text encoder": (Full, True),
     "lora": (LORA, False),
     "lora and text encoder": (LORA, True),
-    "dora": (partial(LORA, use_dora=True), False),
+    "dora and text encoder": (partial(LORA, use_dora=True), True),
 }
 PLAIN = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)  # what has no gradient does not change
 HOW = {"steps": 2, "guidance": 3.0, "sampler_type": "DDIM", "resolution": 32}
@@ -136,7 +140,7 @@ def test_an_adapter_is_added_once_and_taken_off_without_a_trace(tiny_sd: Path, t
     tuning = LORA(family, use_dora=dora, train_text_encoder=True)
     for weight in tuning.weights().values():
         weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
-    learned = {name: network for name, network in tuning.learned.items()}
+    learned = dict(tuning.learned.items())
     bases = {name: own_weights(plain.networks[name]) for name in learned}
     states = {name: network.state_dict() for name, network in learned.items()}
 
@@ -169,8 +173,8 @@ def test_an_adapter_is_added_once_and_taken_off_without_a_trace(tiny_sd: Path, t
     tuning.save(tmp_path / "adapter")
     with safe_open(tmp_path / "adapter" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert '"unet.lora_alpha": 3' in file.metadata()["lora_adapter_metadata"]
-        assert {key.split(".")[0] for key in file.keys()} == {"unet", "text_encoder"}
-        assert all(".text_model." in key for key in file.keys() if key.startswith("text_encoder"))
+        assert {key.split(".")[0] for key in list(file.keys())} == {"unet", "text_encoder"}
+        assert all(".text_model." in key for key in list(file.keys()) if key.startswith("text_encoder"))
 
 
 def test_the_adapter_begins_the_same_everywhere_and_is_refused_where_nothing_fits(tiny_sd: Path) -> None:
@@ -189,6 +193,17 @@ def test_the_text_encoder_has_its_own_rate(tiny_sd: Path) -> None:
     sizes = [len(list(module.learned[name].parameters())) for name in ("unet", "text_encoder")]
     assert rates == [(1e-2, sizes[0]), (1e-5, sizes[1])]
     assert rows[0]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("name", ["full and text encoder", "lora and text encoder"])
+def test_recomputed_activations_change_nothing(name: str, tiny_sd: Path) -> None:
+    tuning, text = TUNINGS[name]
+    modules = [
+        module_of(tiny_sd, tuning=tuning, text=text, optim=PLAIN, gradient_checkpointing=less) for less in (False, True)
+    ]
+    rows = [run(module, 3)[1] for module in modules]
+    assert rows[1][-1] == pytest.approx(rows[0][-1], rel=1e-4, nan_ok=True)
+    assert all(weight.requires_grad for weight in modules[1].learning())
 
 
 class Moments(pl.Callback):
@@ -275,3 +290,17 @@ def test_a_teacher_instead_of_pictures(name: str, tiny_sd: Path, tmp_path: Path)
         )
         expected = (module.family.denoise(x_t, t, cond) - goal).square().flatten(1).mean(1)
     torch.testing.assert_close(per_example, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_the_text_encoder_together(tiny_sd: Path, tmp_path: Path) -> None:
+    """Two processes of batch 1 are one of batch 2, before and after the text encoder rests."""
+    program = [sys.executable, "-m", "tests.tuning_ranks", str(tiny_sd), str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    subprocess.run(program, cwd=ROOT, env=env, check=True, timeout=120)
+    one = module_of(tiny_sd, tuning=partial(LORA, stop_text_encoder_at=2), text=True, prior="teacher")
+    _, rows = run(one, 4, size=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["losses"] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
+    assert all(torch.equal(*pair) for pair in zip(first["weights"], second["weights"], strict=True))
+    torch.testing.assert_close(first["weights"], [weight.detach() for weight in one.learning()], atol=2e-4, rtol=0)

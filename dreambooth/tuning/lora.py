@@ -15,7 +15,7 @@ from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.families.folder import published
 from dreambooth.noise import seed_of
-from dreambooth.tuning.base import Tuning
+from dreambooth.tuning.base import TEXT, Tuning
 
 ADAPTER = "default"  # PEFT's own name for an adapter, by which diffusers' loaders look
 
@@ -71,7 +71,6 @@ class Lora(Tuning):
             except ValueError as error:
                 problem = str(error).split(". ")[0]
                 raise UserError(f"model.tuning.target_modules: the {name} takes no adapter there: {problem}") from error
-        network.peft_config = {ADAPTER: config}  # type: ignore[assignment]
 
     def layers(self) -> list[Any]:
         """The layers with an adapter, of all networks."""
@@ -116,6 +115,8 @@ class Lora(Tuning):
         for name, network in self.learned.items():
             weights = published(network, get_peft_model_state_dict(network, adapter_name=ADAPTER))
             on_cpu = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+            if name.startswith(TEXT):  # transformers 5 looks for DoRA's lengths by the full name, which all others take
+                on_cpu = {key + ".weight" * key.endswith("_vector"): value for key, value in on_cpu.items()}
             parts[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(on_cpu)
             parts[f"{name}_lora_adapter_metadata"] = self.config
         type(self.family.to_pipeline()).save_lora_weights(folder, **parts)
