@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from dreambooth.callbacks.checkpoint import AtomicCheckpointIO
+from dreambooth.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from dreambooth.data.pairs import Role, Stream
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.module import DreamBoothModule
@@ -108,7 +108,7 @@ def run(
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks or []),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,

@@ -70,7 +70,7 @@ class Own(pl.Callback):
 def test_every_way(name: str, prior: bool, cached: bool, tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     tuning, text = TUNINGS[name]
     make = partial(module_of, tiny_sd, tuning=tuning, text=text, optim=PLAIN, prior_loss_weight=0.7)
-    options: dict[str, Any] = {"prior": prior, "photos": None if cached else photos, "enable_checkpointing": True}
+    options: dict[str, Any] = {"prior": prior, "photos": None if cached else photos}
     module, own = make(), Own()
     check_the_loss(module, prior, photos=options["photos"])
 
@@ -224,7 +224,6 @@ def test_a_text_encoder_that_stops(name: str, tiny_sd: Path, tmp_path: Path) -> 
         module_of, tiny_sd, tuning=partial(TUNINGS[name][0], stop_text_encoder_at=2), text=True,
         sched=CONSTANT | {"name": "linear"}, optim=partial(torch.optim.AdamW, lr=1e-2),
     )  # fmt: skip
-    options: dict[str, Any] = {"enable_checkpointing": True}
 
     def text(module: Any) -> list[torch.Tensor]:
         return [weight.detach().clone() for weight in module.learned["text_encoder"].parameters()]
@@ -239,17 +238,17 @@ def test_a_text_encoder_that_stops(name: str, tiny_sd: Path, tmp_path: Path) -> 
 
     online = Online()
     reference = partial(make, tuning=TUNINGS[name][0])()
-    _, expected = run(reference, 5, callbacks=[online], **options)
+    _, expected = run(reference, 5, callbacks=[online])
     whole = make()
     calls = [Ema(0.5), Checkpoint(1, -1)]
-    _, rows = run(whole, 5, callbacks=calls, default_root_dir=tmp_path, **options)
+    _, rows = run(whole, 5, callbacks=calls, default_root_dir=tmp_path)
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
     assert all(torch.equal(*pair) for pair in zip(text(whole), online.weights, strict=True))
     assert len(whole.resting.known) == 2
     for step in (1, 2, 3):
         resumed, moments = make(), Moments()
         path = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
-        run(resumed, 5, callbacks=[Ema(0.5), moments], resume=path, **options)
+        run(resumed, 5, callbacks=[Ema(0.5), moments], resume=path)
         assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items()), step
         assert moments.kept == [number < 2 for number in range(step, 5)]
 
@@ -259,14 +258,14 @@ def test_a_teacher_instead_of_pictures(name: str, tiny_sd: Path, tmp_path: Path)
     """The class is asked for what the untouched base predicts of its prompt; resume is exact."""
     tuning, text = TUNINGS[name]
     make = partial(module_of, tiny_sd, tuning=tuning, text=text, optim=PLAIN, prior="teacher")
-    module, options = make(), {"enable_checkpointing": True}
+    module = make()
     calls: list[pl.Callback] = [Checkpoint(1, -1)]
-    _, rows = run(module, 3, callbacks=calls, default_root_dir=tmp_path, **options)
+    _, rows = run(module, 3, callbacks=calls, default_root_dir=tmp_path)
     assert rows[0]["prior_loss"] == pytest.approx(0, abs=1e-10)  # nothing has been learned that could differ
     assert rows[0]["grad_norm"] > 0
     assert min(row["prior_loss"] for row in rows[1:]) > 1e-6
     resumed = make()
-    run(resumed, 3, resume=tmp_path / "checkpoints" / "step_000001.ckpt", **options)
+    run(resumed, 3, resume=tmp_path / "checkpoints" / "step_000001.ckpt")
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in module.state_dict().items())
 
     plain = StableDiffusion(str(tiny_sd))
