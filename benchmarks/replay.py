@@ -27,12 +27,16 @@ def replay(tape: dict[str, Tensor], overrides: list[str], folder: Path) -> list[
     """Train on a tape, (steps, B, ...) of pixels, posterior, noise and timesteps; the losses of each step.
 
     With the prior, the first half of the B pictures is the instance's, the second half its class's. Pictures and
-    prompts are encoded in every step, as diffusers' script does; everything else is the task ``train``.
+    prompts are encoded in every step, as diffusers' script does; everything else is the task ``train``. Adapters begin
+    as the script's did.
     """
     quieten()
     cfg = compose(overrides)
     family = build(cfg.model.family)
     module = make_module(cfg, family)
+    for name, weight in module.tuning.weights().items():
+        if name in tape:
+            weight.data.copy_(tape[name][0])
     losses = Losses()
     steps, size = tape["timesteps"].shape
     trainer = make_trainer(cfg, folder, [losses], max_steps=steps)

@@ -35,6 +35,7 @@ def options() -> argparse.Namespace:
     """What may be typed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, help="diffusers' train_dreambooth.py")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="the script is train_dreambooth_lora.py: adapters")
     parser.add_argument("--base", type=Path, help="a diffusers folder (default: the pocket model)")
     parser.add_argument("--photos", type=Path, help="the subject (default: the shipped dog)")
     parser.add_argument("--resolution", type=int, default=64)
@@ -80,6 +81,8 @@ def ours(args: argparse.Namespace, batch: int, precision: str) -> list[str]:
         "callbacks.sample_grid": "null",
         "callbacks.evaluate": "null",
     }
+    if args.lora:  # the script's alpha is the rank
+        values |= {"model/tuning": "lora", "model.tuning.rank": args.lora, "model.tuning.alpha": args.lora}
     return ["model=pocket", "model/weighting=uniform", *(f"{key}={value}" for key, value in values.items())]
 
 
@@ -100,6 +103,8 @@ def theirs(args: argparse.Namespace, batch: int, precision: str) -> list[str]:
         "output_dir": args.out / "diffusers",
         "seed": 0,
     }
+    if args.lora:
+        values["rank"] = args.lora
     flags = ["--with_prior_preservation", "--center_crop"]
     return flags + [word for key, value in values.items() for word in (f"--{key}", str(value))]
 

@@ -86,9 +86,12 @@ def encode_once() -> None:
 
 
 def record() -> dict[str, list[Tensor]]:
-    """Take down the pictures, the noise of the posterior, the noise, the time steps and the loss of each step."""
+    """Take down the pictures, the noise of the posterior, the noise, the time steps and the loss of each step.
+
+    And, once, the A of every adapter as it was drawn (B is 0).
+    """
     from accelerate import Accelerator
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
     tape: dict[str, list[Tensor]] = {name: [] for name in ("pixels", "posterior", "noise", "timesteps", "loss")}
     encode: Callable[..., Any] = AutoencoderKL.encode
@@ -109,7 +112,16 @@ def record() -> dict[str, list[Tensor]]:
     def tapped_log(self: Any, values: dict[str, float], *_: Any, **__: Any) -> None:
         tape["loss"].append(torch.tensor(values["loss"]))
 
-    AutoencoderKL.encode, Accelerator.log = tapped_encode, tapped_log
+    prepare: Callable[..., Any] = Accelerator.prepare
+
+    def tapped_prepare(self: Any, *parts: Any, **options: Any) -> Any:
+        for network in (part for part in parts if isinstance(part, torch.nn.Module)):
+            name = "unet" if isinstance(network, UNet2DConditionModel) else "text_encoder"
+            weights = {f"{name}.{key}": value for key, value in network.named_parameters() if ".lora_A." in key}
+            tape.update({key: [value.detach().clone()] for key, value in weights.items()})
+        return prepare(self, *parts, **options)
+
+    AutoencoderKL.encode, Accelerator.log, Accelerator.prepare = tapped_encode, tapped_log, tapped_prepare
     torch.randn, torch.randn_like = tapped("posterior", torch.randn), tapped("noise", torch.randn_like)
     torch.randint = tapped("timesteps", torch.randint)
     return tape

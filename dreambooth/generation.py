@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from dreambooth.adapters import Adapter, find_adapter
 from dreambooth.config import build
 from dreambooth.errors import UserError
+from dreambooth.families.base import Family
 from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
 from dreambooth.picture_files import describe, draw_missing, foreign_picture, missing, numbered_paths
@@ -34,13 +37,12 @@ def generate(cfg: DictConfig) -> list[Path]:
     """
     infer = cfg.infer
     prompts = read_prompts(infer.prompts)
-    source, resolution = find_model(str(infer.model))
+    found = find_model(cfg)
     if not is_rank_zero():
         return []
-    same = source == cfg.model.from_pretrained
-    family = build(cfg.model.family, from_pretrained=source, **({} if same else {"revision": None, "variant": None}))
+    family = found.load(cfg)
     size = infer.num_images_per_prompt
-    resolution = resolution or family.default_resolution
+    resolution = found.resolution or family.default_resolution
     wanted = [(prompt, size) for prompt in prompts]
     pictures = describe(wanted, infer, str(infer.model), family.fingerprint(), resolution)
     folder = choose_folder(cfg, pictures)
@@ -70,22 +72,64 @@ def read_prompts(prompts: Any, key: str = "infer.prompts") -> list[str]:
     return texts
 
 
-def find_model(source: str) -> tuple[str, int | None]:
-    """What to load for ``infer.model``, and the resolution its run trained at (None: not a run folder)."""
+@dataclass(frozen=True)
+class Model:
+    """What ``infer.model`` and ``infer.adapter`` mean: a pipeline folder or hub id, and what is merged into it.
+
+    ``resolution`` is what its run trained at; None: not a run folder.
+    """
+
+    source: str
+    resolution: int | None = None
+    adapter: Adapter | None = None
+    revision: str | None = None
+    variant: str | None = None
+
+    def load(self, cfg: DictConfig) -> Family:
+        """The networks, of the family of ``cfg``."""
+        names = {"from_pretrained": self.source, "revision": self.revision, "variant": self.variant}
+        family: Family = build(cfg.model.family, **names)
+        if self.adapter is not None:
+            self.adapter.merge(family)
+        return family
+
+
+def find_model(cfg: DictConfig) -> Model:
+    """What to draw with. A run without ``pipeline/`` is its base and its ``adapter/``.
+
+    Raises UserError for a name that is nothing here and no hub id, and for a run that has not ended.
+    """
+    infer, source = cfg.infer, str(cfg.infer.model)
     folder = Path(source).expanduser()
+
+    def adapter_in(path: str | Path) -> Adapter:
+        parts = {"denoiser": infer.adapter_denoiser, "text_encoder": infer.adapter_text_encoder}
+        return Adapter(find_adapter(str(path)), infer.adapter_scale, **parts)
+
+    given = adapter_in(infer.adapter) if infer.adapter is not None else None
+    of_command = Model(cfg.model.from_pretrained, None, given, cfg.model.revision, cfg.model.variant)
+    if source == of_command.source or (given and source == cfg.run_dir and not (folder / "config.yaml").exists()):
+        return of_command
     if (folder / "model_index.json").exists():
-        return str(folder), None
+        return Model(str(folder), adapter=given)
     if (folder / "config.yaml").exists():
-        if not (folder / "pipeline" / "model_index.json").exists():
-            raise UserError(
-                f"infer.model={source} is a run without pipeline/: let its training end, the same command goes on"
-            )
-        return str(folder / "pipeline"), OmegaConf.load(folder / "config.yaml").model.data.resolution
+        model, own = OmegaConf.load(folder / "config.yaml").model, folder / "adapter"
+        whole = (folder / "pipeline" / "model_index.json").exists()
+        beside = given or (adapter_in(own) if own.is_dir() else None)
+        if given is None and beside is not None and not (whole and beside.whole):
+            base = {name: model.get(name) for name in ("revision", "variant")}
+            return Model(model.from_pretrained, model.data.resolution, beside, **base)
+        if whole:
+            return Model(str(folder / "pipeline"), model.data.resolution, given)
+        raise UserError(
+            f"infer.model={source} is a run without pipeline/ or adapter/: let its training end, "
+            "the same command goes on"
+        )
     if folder.is_dir() or folder.is_absolute():
         raise UserError(
             f"infer.model={source} is no run or pipeline folder: train first, or name another one or a hub id"
         )
-    return source, None
+    return Model(source, adapter=given)
 
 
 def choose_folder(cfg: DictConfig, pictures: list[dict[str, Any]]) -> Path:

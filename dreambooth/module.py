@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from diffusers.optimization import get_scheduler
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +18,9 @@ from dreambooth.families.base import Family
 from dreambooth.noise import gaussian, seed_of, stratified
 from dreambooth.objective import Objective, Weighting
 from dreambooth.optimizers import evaluated
+from dreambooth.reader import Reader
+from dreambooth.teacher import Teacher
+from dreambooth.tuning.base import Tuning, swapped
 
 LOSSES = ("loss", "instance_loss", "prior_loss")
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
@@ -36,19 +40,21 @@ def prior_loss(per_example: Tensor, is_prior: Tensor, weight: float) -> tuple[Te
 
 
 class DreamBoothModule(pl.LightningModule):
-    """Fine-tunes the ``learned`` networks of a family on a subject, with or without the prior of its class.
+    """Fine-tunes what a ``tuning`` lets learn of a family on a subject, with or without the prior of its class.
 
-    Registers only what learns (and its moving average ``ema``, if a callback keeps one), so neither checkpoints nor
-    strategies see a frozen network. ``step_metrics`` holds the last optimizer step: loss, instance_loss, prior_loss
-    (means over accumulation and ranks), loss_q1 to loss_q4 (of the examples in each quarter of the noise levels, from
-    the least noise to the most; NaN where there was none), grad_norm (before clipping) and lr, as tensors that nobody
-    has waited for.
+    Registers only the networks in which something learns (and its moving average ``ema``, if a callback keeps one), so
+    strategies see no other; their state_dict holds what learns and nothing else. With ``prior`` "teacher" the target of
+    the class is what the untouched base predicts for it.
+
+    ``step_metrics`` holds the last optimizer step: loss, instance_loss, prior_loss (means over accumulation and ranks),
+    loss_q1 to loss_q4 (of the examples in each quarter of the noise levels, from the least noise to the most; NaN where
+    there was none), grad_norm (before clipping) and lr, as tensors that nobody has waited for.
     """
 
     def __init__(
         self,
         family: Family,
-        learned: dict[str, nn.Module],
+        tuning: Tuning,
         objective: Objective,
         weighting: Weighting | None,
         optim: "partial[Optimizer]",
@@ -57,10 +63,14 @@ class DreamBoothModule(pl.LightningModule):
         noise_offset: float = 0.0,
         gradient_checkpointing: bool = False,
         seed: int = 1234,
+        prior: str = "images",
     ) -> None:
         super().__init__()
         self.family, self.objective, self.weighting = family, objective, weighting
-        self.learned = nn.ModuleDict(learned)
+        self.tuning, self.learned = tuning, tuning.learned
+        self.resting = Reader(family)  # of a text encoder that learns no longer
+        self.stopped = False
+        self.teacher = Teacher(tuning) if prior == "teacher" else None
         self.optim, self.sched = optim, sched
         self.prior_loss_weight, self.noise_offset, self.seed = prior_loss_weight, noise_offset, seed
         self.base = family.fingerprint()
@@ -70,7 +80,7 @@ class DreamBoothModule(pl.LightningModule):
         self._losses: list[Tensor] = []
         self._quarters: list[Tensor] = []
         if gradient_checkpointing:
-            for network in learned.values():
+            for network in self.learned.values():
                 recompute_activations(network)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -83,9 +93,12 @@ class DreamBoothModule(pl.LightningModule):
             noise = noise + self.noise_offset * self.draw(batch, "offset", (x0.shape[1], 1, 1))
         t = self.objective.sample_t(self.draw_levels(batch))
         x_t = self.objective.add_noise(x0, noise, t)
+        target = self.objective.target(x0, noise, t)
+        if self.teacher is not None:
+            target = self.teacher(batch, x_t, t, target)
         cond = batch["cond"] if "cond" in batch else self.read(batch["prompts"])
         pred = self.family.denoise(x_t, t, cond)
-        per_example = self.objective.loss(pred, x0, noise, t, self.weighting)
+        per_example = self.objective.loss(pred, x0, noise, t, self.weighting, target)
         loss, instance, prior = prior_loss(per_example, batch["is_prior"], self.prior_loss_weight)
         self._losses.append(torch.stack([loss, instance, prior]).detach())
         self._quarters.append(self.objective.by_quarter(per_example.detach(), t))
@@ -116,19 +129,33 @@ class DreamBoothModule(pl.LightningModule):
             return self.family.encode_pictures(pixels)
 
     def read(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Conditions (B, …) of prompts: each distinct one, of the two that a batch has, is read once."""
+        """Conditions (B, …) of prompts: each distinct one is read once a batch, or once for all when none learns."""
+        if self.stopped:
+            return self.resting(prompts, self.device)
         distinct = list(dict.fromkeys(prompts))
         rows = self.send(torch.tensor([distinct.index(prompt) for prompt in prompts]))
         return {name: value[rows] for name, value in self.family.encode_prompts(distinct).items()}
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """From step ``tuning.stop_text_encoder_at`` on the text encoder is frozen, and read once a prompt."""
+        if self.stopped or not self.tuning.stops_text(batch["step"]):
+            return
+        self.stopped = True
+        for weight in self.tuning.stop_text():
+            weight.grad = None
+            for optimizer in self.trainer.optimizers:
+                optimizer.state.pop(weight, None)
+        if isinstance(self.trainer.strategy, DDPStrategy):  # would wait for the gradients of all that learned at first
+            self.trainer.strategy.model = self
+            self.trainer.strategy.configure_ddp()
+
     def configure_optimizers(self) -> Any:
         """Optimizer and diffusers' schedule (by its name), advanced at every optimizer step."""
-        learned = self.learning()
-        if any(weight.dtype != torch.float32 for weight in learned):
+        if any(weight.dtype != torch.float32 for weight in self.learning()):
             raise UserError("trained weights must stay float32: type trainer.precision=bf16-mixed, 16-mixed or 32-true")
         # One fused pass over the weights takes a fifth of the usual one's time; Lightning's fp16 scaling rules it out.
         fused = {"fused": True} if "fused" in inspect.signature(self.optim.func).parameters and not self.scaled else {}
-        self.optimizer = optimizer = self.optim(learned, **{**fused, **self.optim.keywords})
+        self.optimizer = optimizer = self.optim(self.tuning.groups(), **{**fused, **self.optim.keywords})
         if hasattr(optimizer, "train"):  # a Schedule-Free one, see averaged()
             optimizer.train()
         schedule = get_scheduler(
@@ -186,28 +213,30 @@ class DreamBoothModule(pl.LightningModule):
 
     def learning(self) -> list[nn.Parameter]:
         """The parameters that learn, in the order of ``ema``."""
-        return [weight for weight in self.learned.parameters() if weight.requires_grad]
+        return list(self.tuning.weights().values())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the family is what the training made of it so far: what is sampled, measured and exported.
+        """Within, the family is what the training made of it so far, adapters apart.
 
         The networks hold the averaged weights if there are any (tensors change hands, nothing is copied), and the
         scheduler has the noise levels that were learned. Before the first step the base stays as it came.
         """
-        own = self.family.scheduler
-        pairs = list(zip(self.learning(), self.ema or [], strict=self.ema is not None))
-        try:
-            for weight, average in pairs:
-                weight.data, average.data = average.data, weight.data
+        own, learning = self.family.scheduler, self.learning()
+        averages = swapped(learning, [average.data for average in self.ema]) if self.ema is not None else nullcontext()
+        with averages, evaluated(self.optimizer, learning):
             if self.global_step and self.objective.scheduler is not None:
                 self.family.scheduler = self.objective.scheduler
-            with evaluated(self.optimizer, self.learning()):
+            try:
                 yield
-        finally:
-            self.family.scheduler = own
-            for weight, average in pairs:
-                weight.data, average.data = average.data, weight.data
+            finally:
+                self.family.scheduler = own
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Within, the networks are what ``pipeline/`` would hold, and what is sampled: averaged, adapters merged."""
+        with self.averaged(), self.tuning.merged():
+            yield
 
     def settle_on(self, weights: dict[str, Tensor]) -> None:
         """Take these for what was learned: the last weights and all averages of them go."""

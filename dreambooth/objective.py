@@ -53,9 +53,21 @@ class Objective(ABC):
     def x0_weight(self, snr: Tensor) -> Tensor:
         """How many times as large the target's squared error is as that of x0, given the ratio (B,)."""
 
-    def loss(self, pred: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weighting: Weighting | None = None) -> Tensor:
-        """The mean loss over each example, (B,) float32, times its weight (None: 1)."""
-        difference = pred.float() - self.target(x0, noise, t).float()
+    def loss(
+        self,
+        pred: Tensor,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        weighting: Weighting | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """The mean loss over each example, (B,) float32, times its weight (None: 1).
+
+        ``target`` (B, ...) stands in the place of what x0 and the noise make the network's goal.
+        """
+        target = self.target(x0, noise, t) if target is None else target
+        difference = pred.float() - target.float()
         snr = self.snr(t).clamp(min=2**-24)  # pure noise would give 0 / 0
         loss = self.loss_of(difference, snr.view(-1, *[1] * (difference.dim() - 1))).flatten(1).mean(1)
         return loss if weighting is None else loss * weighting(snr) / self.x0_weight(snr)

@@ -19,6 +19,8 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "model.restore_from_path": str,
     "model.ema.decay": float,
     "model.objective.shift": float,
+    "model.tuning.text_encoder_lr": float,
+    "model.tuning.stop_text_encoder_at": int,
     "callbacks.sample_grid.every_n_train_steps": int,
     "model.data.cached_instance_dir": str,
     "model.data.cached_reg_dir": str,
@@ -42,6 +44,7 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "benchmark.num_prompts": int,
     "identifier.out_path": str,
     "infer.negative_prompt": str,
+    "infer.adapter": str,
     "infer.out_path": str,
     "report.out_path": str,
     "model.data.instance_shards": str,
@@ -61,6 +64,7 @@ CHOICES = {
     "callbacks.sample_grid.sampler_type": SAMPLERS,
     "evaluate.sampler_type": SAMPLERS,
     "infer.sampler_type": SAMPLERS,
+    "model.prior": ("images", "teacher"),
     "metrics.text": ("class", "identifier"),
     "model.objective.timesteps": ("uniform", "logit_normal"),
 }  # fmt: skip
@@ -88,7 +92,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         benchmark.num_prompts benchmark.num_photos
         benchmark.num_images_per_prompt benchmark.num_class_images identifier.candidates identifier.max_characters
         identifier.num_images callbacks.evaluate.num_images_per_prompt
-        callbacks.evaluate.num_class_images callbacks.evaluate.patience""",
+        callbacks.evaluate.num_class_images callbacks.evaluate.patience model.tuning.rank
+        model.tuning.stop_text_encoder_at""",
     ),
     ("at least 1, or -1 for no end", lambda value: value >= 1 or value == -1, "trainer.max_steps trainer.max_epochs"),
     ("at least 1, or -1 to keep all", lambda value: value >= 1 or value == -1, "callbacks.checkpoint.save_last_k"),
@@ -103,7 +108,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         lambda value: value > 0,
         "callbacks.evaluate.max_drift callbacks.evaluate.target "
         "trainer.gradient_clip_val model.weighting.gamma model.loss.delta model.objective.std model.objective.shift "
-        "model.learning_rate model.optim.lr model.optim.eps model.optim.d_coef",
+        "model.learning_rate model.optim.lr model.optim.eps model.optim.d_coef "
+        "model.tuning.text_encoder_lr model.tuning.alpha infer.adapter_scale",
     ),
     (
         "from 0 to 1",
@@ -130,8 +136,14 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
         for key in keys.split():
             if values.get(key) is not None and not allowed(values[key]):
                 raise UserError(f"{key}={values[key]}: must be {what}")
-    if values["model.with_prior_preservation"] and values["model.data.num_reg_images"] == 0:
-        raise UserError("model.data.num_reg_images=0: type at least 1, or model.with_prior_preservation=false")
+    pictured = values["model.with_prior_preservation"] and values["model.prior"] == "images"
+    if pictured and values["model.data.num_reg_images"] == 0:
+        raise UserError(
+            "model.data.num_reg_images=0: type at least 1, model.prior=teacher, or model.with_prior_preservation=false"
+        )
+    for key in ("model.tuning.text_encoder_lr", "model.tuning.stop_text_encoder_at"):
+        if values.get(key) is not None and not values["model.train_text_encoder"]:
+            raise UserError(f"{key}={values[key]}: the text encoder does not learn; type model.train_text_encoder=true")
     if values.get("model.ema.decay") is not None and "ScheduleFree" in str(values.get("model.optim._target_")):
         raise UserError("model.ema.decay: a Schedule-Free optimizer averages by itself; type model.ema.decay=null")
     if values.get("model.objective.rescale_zero_terminal_snr"):

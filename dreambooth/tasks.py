@@ -84,8 +84,8 @@ def prepare_data(cfg: DictConfig) -> tuple[Family, DreamBoothDataModule]:
     """The untouched networks and the checked data; nothing is drawn, encoded or written yet."""
     model = cfg.model
     family = build(model.family)
-    shared = "micro_batch_size restore_from_path train_text_encoder use_cached_latents with_prior_preservation".split()
-    data = build(model.data)(family, **{key: model[key] for key in shared}, seed=cfg.seed)
+    shared = "micro_batch_size restore_from_path train_text_encoder use_cached_latents with_prior_preservation prior"
+    data = build(model.data)(family, **{key: model[key] for key in shared.split()}, seed=cfg.seed)
     data.check()
     return family, data
 
@@ -104,6 +104,7 @@ def make_module(cfg: DictConfig, family: Family) -> DreamBoothModule:
         model.noise_offset,
         model.gradient_checkpointing,
         cfg.seed,
+        model.prior if model.with_prior_preservation else "images",
     )
 
 

@@ -8,26 +8,36 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from dreambooth import tuning
-from dreambooth.callbacks.checkpoint import AtomicCheckpointIO
+from dreambooth.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from dreambooth.data.pairs import Role, Stream
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.module import DreamBoothModule
 from dreambooth.objective import Diffusion
 from dreambooth.tasks import quieten
+from dreambooth.tuning.full import Full
 
 CONSTANT = {"name": "constant", "warmup_steps": 0, "num_cycles": 1, "power": 1.0}
 PROMPTS = {"instance": "a photo of sks dog", "regularization": "a photo of dog"}
 
 
 class Latents(pl.LightningDataModule):
-    """The project's stream over random moments: 5 of the instance and, with the prior, 7 of its class."""
+    """The project's stream over random moments: 5 of the instance and, with the prior, 7 of its class.
+
+    Over the pictures of a folder, of both roles, and encoded in every step, where ``photos`` are given.
+    """
 
     def __init__(
-        self, family: StableDiffusion, size: int, seed: int, prior: bool, text: bool, poison: str = ""
+        self,
+        family: StableDiffusion,
+        size: int,
+        seed: int,
+        prior: bool,
+        text: bool,
+        poison: str = "",
+        photos: Path | None = None,
     ) -> None:
         super().__init__()
-        self.family, self.size, self.seed, self.text = family, size, seed, text
+        self.family, self.size, self.seed, self.text, self.photos = family, size, seed, text, photos
         g = torch.Generator().manual_seed(7)
         self.moments = {"instance": torch.randn(5, 8, 8, 8, generator=g)}
         if prior:
@@ -38,34 +48,37 @@ class Latents(pl.LightningDataModule):
                     moments[number] = float("nan")
 
     def train_dataloader(self) -> DataLoader:
-        roles = []
-        for name, moments in self.moments.items():
-            paths = [Path(name, str(number)) for number in range(len(moments))]
-            with torch.no_grad():
-                cond = None if self.text else self.family.encode_prompts([PROMPTS[name]])
-            roles.append(Role(name, PROMPTS[name], paths, [[one] for one in moments], cond))
-        stream = Stream(
-            roles,
-            micro_batch_size=self.size,
-            seed=self.seed,
+        stream = self.stream(
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             accumulate=self.trainer.accumulate_grad_batches,
             first_step=self.trainer.global_step,
-            resolution=32,
-            center_crop=True,
-            random_flip=False,
         )
         return DataLoader(stream, batch_size=None)
 
+    def stream(self, **place: int) -> Stream:
+        """The micro-batches of one rank."""
+        roles = []
+        for name, moments in self.moments.items():
+            paths = [Path(name, str(number)) for number in range(len(moments))]
+            paths = sorted(self.photos.iterdir()) if self.photos else paths
+            known = None if self.photos else [[one] for one in moments]
+            with torch.no_grad():
+                cond = None if self.text else self.family.encode_prompts([PROMPTS[name]])
+            roles.append(Role(name, PROMPTS[name], paths, known, cond))
+        how: dict[str, Any] = {"resolution": 32, "center_crop": True, "random_flip": False}
+        return Stream(roles, micro_batch_size=self.size, seed=self.seed, **how, **place)
 
-def module_of(folder: Path, *, text: bool = False, optim: Any = None, weighting: Any = None, **options: Any):
+
+def module_of(
+    folder: Path, *, text: bool = False, tuning: Any = None, optim: Any = None, weighting: Any = None, **options: Any
+):
     """The module of a model folder with everything that learns, at a rate that shows within a few steps."""
     family = StableDiffusion(str(folder))
-    learned = tuning.full(family, train_text_encoder=text)
+    tuning = (tuning or Full)(family, train_text_encoder=text)
     optim = optim or partial(torch.optim.AdamW, lr=1e-3)
     options = {"sched": CONSTANT, "seed": 1, **options}
-    return DreamBoothModule(family, learned, Diffusion.from_scheduler(family.scheduler), weighting, optim, **options)
+    return DreamBoothModule(family, tuning, Diffusion.from_scheduler(family.scheduler), weighting, optim, **options)
 
 
 def run(
@@ -75,6 +88,7 @@ def run(
     size: int = 2,
     prior: bool = True,
     poison: str = "",
+    photos: Path | None = None,
     callbacks: list[pl.Callback] | None = None,
     resume: Path | None = None,
     **trainer: Any,
@@ -94,7 +108,7 @@ def run(
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks or []),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
@@ -103,5 +117,6 @@ def run(
     trainer_ = pl.Trainer(max_steps=steps, callbacks=[Rows(), *(callbacks or [])], **options)
     trainer_.strategy.checkpoint_io = AtomicCheckpointIO()
     text = "text_encoder" in module.learned
-    trainer_.fit(module, datamodule=Latents(module.family, size, module.seed, prior, text, poison), ckpt_path=resume)
+    data = Latents(module.family, size, module.seed, prior, text, poison, photos)
+    trainer_.fit(module, datamodule=data, ckpt_path=resume)
     return trainer_, rows

@@ -71,6 +71,16 @@ def test_the_recipes_are_their_sources():
     assert (whole["model"]["train_text_encoder"], whole["model"]["optim"]["betas"]) == (True, [0.9, 0.98])
     assert (vanilla["model"]["with_prior_preservation"], vanilla["model"]["optim"]) == (False, whole["model"]["optim"])
     assert (unet["trainer"]["max_epochs"], unet["model"]["train_text_encoder"]) == (20, False)
+    lora = composed("experiment=nemo_sd15_lora", PHOTOS)
+    assert (lora["trainer"]["max_steps"], lora["model"]["optim"]["lr"], lora["model"]["micro_batch_size"]) == (
+        500,
+        1e-4,
+        1,
+    )
+    assert (lora["model"]["tuning"]["rank"], lora["model"]["tuning"]["alpha"]) == (32, 16)
+    lora = composed("experiment=mindone_sd20_lora", PHOTOS)["model"]
+    assert (lora["optim"]["lr"], lora["optim"]["weight_decay"], lora["optim"]["betas"]) == (5e-5, 1e-4, [0.9, 0.98])
+    assert (lora["tuning"]["rank"], lora["tuning"]["alpha"], lora["with_prior_preservation"]) == (64, 64, True)
     diffusers = composed("experiment=diffusers_sd14", PHOTOS)["model"]
     assert (diffusers["micro_batch_size"], diffusers["optim"]["lr"], diffusers["data"]["num_reg_images"]) == (
         4,
@@ -120,8 +130,11 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("trainer.precision=16", ["did you mean '16-mixed'"]),
         ("model.data.resolution=foo", ["model.data.resolution=foo", "whole number"]),
         ("model.data.num_reg_images=-1", ["model.data.num_reg_images=-1", "at least 0"]),
-        ("model.data.num_reg_images=0", ["at least 1, or model.with_prior_preservation=false"]),
+        ("model.data.num_reg_images=0", ["at least 1, model.prior=teacher, or model.with_prior_preservation=false"]),
         ("model.data.num_reg_images=null", ["model.data.num_reg_images=None", "whole number"]),
+        ("model.prior=teachers", ["did you mean 'teacher'"]),
+        ("model.tuning.stop_text_encoder_at=5", ["model.train_text_encoder=true"]),
+        ("model.tuning.rank=4", ["model.tuning.rank"]),
         ("model.micro_batch_size=0", ["at least 1"]),
         ("model.prior_loss_weight=-0.1", ["at least 0"]),
         ("model.train_text_encoder=maybe", ["true or false"]),

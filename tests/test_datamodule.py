@@ -14,13 +14,13 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from dreambooth import tuning
 from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.data.views import View, pixels
 from dreambooth.errors import UserError
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.noise import seed_of
 from dreambooth.sampling import draw
+from dreambooth.tuning.full import Full
 from tests.processes import FORK_WARNING, count, kill_after, start
 
 REAL = Path(os.environ.get("DREAMBOOTH_PHOTOS", Path(__file__).parents[2] / "shared" / "data" / "dreambooth" / "dog"))
@@ -31,7 +31,7 @@ SAMPLER = {"sampler_type": "DDIM", "inference_steps": 2, "unconditional_guidance
 def tiny(tiny_sd: Path) -> StableDiffusion:
     """A family of which the denoiser learns."""
     family = StableDiffusion(str(tiny_sd))
-    tuning.full(family)
+    Full(family)
     return family
 
 
@@ -156,14 +156,14 @@ def test_online_encoding_writes_no_cache_and_a_learning_text_encoder_reads_onlin
     family = StableDiffusion(str(tiny_sd))
     moves: list[tuple[str, ...]] = []
     family.move = lambda device, *names: moves.append((str(device), *names))  # type: ignore[method-assign]
-    tuning.full(family)
+    Full(family)
     batch = next(iter(ready(family, photos, use_cached_latents=False, random_flip=True).train_dataloader()))
     assert batch["pixels"].shape == (2, 3, 32, 32)
     assert batch["cond"]["prompt_embeds"].shape[0] == 2
     assert moves[-2:] == [("cpu", "vae"), ("cpu", "text_encoder")]  # the VAE on the device, the text encoder off
     assert sorted(os.listdir(tmp_path)) == ["photos", "reg"]
     moves.clear()
-    tuning.full(family, train_text_encoder=True)
+    Full(family, train_text_encoder=True)
     batch = next(iter(ready(family, photos, train_text_encoder=True).train_dataloader()))
     assert "cond" not in batch
     assert moves[-1] == ("cpu", "vae")

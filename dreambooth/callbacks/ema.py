@@ -33,4 +33,7 @@ class Ema(pl.Callback):
             return
         self.step = trainer.global_step
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(pl_module.ema), pl_module.learning(), 1 - decay)
+        # what is frozen on the way keeps the average it had, and may be on another device
+        pairs = zip(pl_module.ema, pl_module.learning(), strict=True)
+        averages, weights = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
+        torch._foreach_lerp_(list(averages), list(weights), 1 - decay)

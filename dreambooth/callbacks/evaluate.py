@@ -162,7 +162,7 @@ class Evaluate(pl.Callback):
     def _at_work(self, trainer: pl.Trainer, pl_module: Any) -> Iterator[None]:
         """Averaged weights in place, networks and encoders on the device; the encoders rest on the CPU otherwise."""
         began, device = time.perf_counter(), trainer.strategy.root_device
-        with pl_module.averaged(), on_device(pl_module.family, device):
+        with pl_module.finished(), on_device(pl_module.family, device):
             self.suite.move(device)
             yield
             self.suite.move(torch.device("cpu"))

@@ -1,15 +1,24 @@
-"""pipeline/: what was learned, as a diffusers folder."""
+"""adapter/ and pipeline/: what was learned, for others to draw with."""
 
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
-from dreambooth.files import sweep
+from dreambooth.files import atomic, sweep
+
+ADAPTER, PIPELINE = "adapter", "pipeline"  # in the run folder
 
 
 class Export(pl.Callback):
-    """Write ``pipeline/`` when training ends, with the averaged weights where they are kept."""
+    """Write what was learned when training ends, with the averaged weights where they are kept.
+
+    What is a file of its own beside the base goes to ``adapter/``, and into a whole ``pipeline/`` only if ``merged``;
+    anything else is a ``pipeline/``.
+    """
+
+    def __init__(self, merged: bool = False) -> None:
+        self.merged = merged
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if trainer.is_global_zero:  # a kill in the middle of an export leaves gigabytes under a temporary name
@@ -18,6 +27,12 @@ class Export(pl.Callback):
 
     # Not on_train_end: Lightning skips it for a run that was killed after its last step and has nothing to train.
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero:
-            with pl_module.averaged():
-                pl_module.family.save(Path(trainer.default_root_dir) / "pipeline")
+        if not trainer.is_global_zero:
+            return
+        folder, tuning = Path(trainer.default_root_dir), pl_module.tuning
+        if tuning.separate:
+            with pl_module.averaged(), atomic(folder / ADAPTER) as temporary:
+                tuning.save(temporary)
+        if self.merged or not tuning.separate:
+            with pl_module.finished():
+                pl_module.family.save(folder / PIPELINE)

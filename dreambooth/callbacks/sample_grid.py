@@ -61,7 +61,7 @@ class SampleGrid(pl.Callback):
         if not trainer.is_global_zero or path.exists():
             return
         began = time.perf_counter()
-        with pl_module.averaged(), on_device(pl_module.family, trainer.strategy.root_device):
+        with pl_module.finished(), on_device(pl_module.family, trainer.strategy.root_device):
             rows = self._draw(pl_module.family)
         grid = labelled_grid(rows, self.prompts)
         with atomic(path) as temporary:

@@ -32,7 +32,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
     ``check`` finds what a user can have got wrong. ``setup`` does it first, then draws the missing regularization
     pictures, encodes pictures and prompts, and moves the networks that do not learn to the CPU. All ranks share the
     work, on a common file system. ``counts`` says afterwards how many pictures there are, what was made, and how long
-    it took.
+    it took. With ``prior`` "teacher" the class has no pictures: its prompt goes with those of the instance, and its
+    folder is neither read nor filled.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         micro_batch_size: int = 1,
         seed: int = 1234,
         restore_from_path: str | None = None,
+        prior: str = "images",
     ) -> None:
         super().__init__()
         self.family, self.restore_from_path, self.sampler, self.seed = family, restore_from_path, dict(sampler), seed
@@ -68,6 +70,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         self.folders = {role: Path(folder).expanduser() for role, folder in folders.items()}
         self.caches = {role: Path(caches[role] or f"{folders[role]}_cached").expanduser() for role in folders}
         self.roles = (INSTANCE, REGULARIZATION) if with_prior_preservation else (INSTANCE,)
+        self.sources = {role: INSTANCE if prior == "teacher" else role for role in self.roles}  # of the pictures
         self.num_reg_images, self.num_images_per_prompt = num_reg_images, num_images_per_prompt
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
         self.num_workers, self.micro_batch_size = num_workers, micro_batch_size
@@ -79,9 +82,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
     def check(self) -> None:
         """Look for every mistake in folders and sizes, without drawing or encoding; UserError names the first one."""
         checks.resolution(self.resolution, self.family.factor)
-        for role in self.roles:
+        for role in dict.fromkeys(self.sources.values()):
             self.check_role(role)
-        for role in self.roles if self.use_cached_latents else ():
+        for role in dict.fromkeys(self.sources.values()) if self.use_cached_latents else ():
             checks.writable(self.caches[role], CACHE_KEYS[role])
 
     def check_role(self, role: str) -> None:
@@ -97,21 +100,21 @@ class DreamBoothDataModule(pl.LightningDataModule):
         """Fill the regularization folder and the caches, together with the other ranks, then free the device."""
         self.check()
         start = time.perf_counter()
-        drawn = self.draw_missing() if REGULARIZATION in self.roles else 0
+        drawn = self.draw_missing() if REGULARIZATION in self.sources.values() else 0
         filled = time.perf_counter()
         caches = {role: (self.caches[role], CACHE_KEYS[role]) for role in self.roles if self.use_cached_latents}
         encoder = Encoder(self.family, self.strategy.root_device, self.resolution, caches, self.shared)
         self.ready, encoded = [], 0
-        for role in self.roles:
-            paths = list_pictures(self.folders[role], FOLDER_KEYS[role], known=(regularization.MANIFEST,))
-            moments, made = encoder.pictures(role, paths, self.views) if self.use_cached_latents else (None, 0)
-            cond = None if self.train_text_encoder else encoder.prompt(role, self.prompts[role])
+        for role, source in self.sources.items():
+            paths = list_pictures(self.folders[source], FOLDER_KEYS[source], known=(regularization.MANIFEST,))
+            moments, made = encoder.pictures(source, paths, self.views) if self.use_cached_latents else (None, 0)
+            cond = None if self.train_text_encoder else encoder.prompt(source, self.prompts[role])
             self.ready.append(Role(role, self.prompts[role], paths, moments, cond))
             encoded += made
         self.settle()
         self.counts = {
             "num_instance": len(self.ready[0].paths),
-            "num_regularization": sum(len(role.paths) for role in self.ready[1:]),
+            "num_regularization": sum(len(role.paths) for role in self.ready if self.sources[role.name] != INSTANCE),
             "regularization_generated": drawn,
             "latents_encoded": encoded,
             "seconds": {"prepare_regularization": filled - start, "cache_latents": time.perf_counter() - filled},
@@ -222,8 +225,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
     def report(self) -> None:
         """Say in one line what was found and what was made."""
         counts = self.counts
-        latents = sum(len(variants) for role in self.ready for variants in role.moments or [])
-        found = [f"{counts['num_regularization']} regularization pictures"] * (len(self.ready) > 1)
+        own = [role for role in self.ready if self.sources[role.name] == role.name]
+        latents = sum(len(variants) for role in own for variants in role.moments or [])
+        found = [f"{counts['num_regularization']} regularization pictures"] * (len(own) > 1)
         found += [f"{latents} latents"] * self.use_cached_latents
         drawn, encoded = counts["regularization_generated"], counts["latents_encoded"]
         made = [f"{drawn} pictures drawn"] * (drawn > 0) + [f"{encoded} latents encoded"] * (encoded > 0)

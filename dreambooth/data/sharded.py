@@ -47,6 +47,10 @@ class ShardedDataModule(DreamBoothDataModule):
         """As of folders; shards are opened, and their first picture and their end looked at."""
         if not self.given:
             raise UserError(f"model/data=webdataset: no shards are named; type {KEYS[INSTANCE]}='shards/*.tar'")
+        if self.roles != tuple(self.sources.values()):
+            raise UserError(
+                "model.prior=teacher looks at each photo twice, which shards do not: type model.prior=images"
+            )
         super().check()
 
     def check_role(self, role: str) -> None:

@@ -73,7 +73,7 @@ class Family(ABC):
         known = {} if fresh else self._fingerprints
         for name in sorted(names or self.networks):
             if name not in known:
-                known[name] = hash_tensors(self.networks[name].state_dict())
+                known[name] = hash_tensors(own_weights(self.networks[name]))
             digest.update(f"{name}={known[name]};".encode())
         return digest.hexdigest()[:16]
 
@@ -81,3 +81,12 @@ class Family(ABC):
         """Move the named networks (all by default) to ``device``."""
         for name in names or tuple(self.networks):
             self.networks[name].to(device)
+
+
+def own_weights(network: nn.Module) -> dict[str, Tensor]:
+    """A network's weights without its adapters, by the names they have without them (PEFT adds ``base_layer``)."""
+    return {
+        name.replace(".base_layer.", "."): value
+        for name, value in network.state_dict().items()
+        if not any(part.startswith("lora_") for part in name.split("."))
+    }

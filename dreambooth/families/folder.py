@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from dreambooth.errors import UserError
+from dreambooth.families.base import own_weights
 from dreambooth.files import atomic
 from dreambooth.hub import HUB_ID, INDEX
 
@@ -149,10 +150,14 @@ def export(
         write_json(partial / INDEX, index)
 
 
-def published(network: nn.Module) -> dict[str, Tensor]:
-    """A network's weights by their published names: transformers 5 drops the ``text_model.`` of CLIP text encoders."""
+def published(network: nn.Module, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A network's own weights, or others named after its parts, by their published names.
+
+    Transformers 5 drops the ``text_model.`` of CLIP text encoders.
+    """
     prefix = "text_model." if isinstance(network, CLIPTextModel) else ""
-    return {name if name.startswith(prefix) else prefix + name: value for name, value in network.state_dict().items()}
+    weights = own_weights(network) if weights is None else weights
+    return {name if name.startswith(prefix) else prefix + name: value for name, value in weights.items()}
 
 
 def _write_network(source: Path, network: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:

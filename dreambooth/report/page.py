@@ -114,8 +114,8 @@ def _counts(run: RunData) -> list[tuple[str, str, Any]]:
 
 
 def _draw(run: RunData) -> str | None:
-    """The command that draws with what was learned, where there is a pipeline."""
-    if not (run.folder / "pipeline").is_dir():
+    """The command that draws with what was learned, where that was exported."""
+    if not any((run.folder / name).is_dir() for name in ("pipeline", "adapter")):
         return None
     prompt = f"{run.setting('model.data.instance_prompt')} in the rain"
     return shlex.join(
