@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dreambooth.errors import UserError
-from dreambooth.families.base import Family
+from dreambooth.families.base import Family, recompute_activations
 from dreambooth.noise import gaussian, seed_of, stratified
 from dreambooth.objective import Objective, Weighting
 from dreambooth.optimizers import evaluated
@@ -246,9 +246,3 @@ class DreamBoothModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which base the weights grew from: they fit no other."""
         checkpoint["base"] = self.base
-
-
-def recompute_activations(network: nn.Module) -> None:
-    """Switch on gradient checkpointing, under its name in diffusers, transformers 5 or transformers 4."""
-    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
-    next(getattr(network, name) for name in names if hasattr(network, name))()

@@ -13,8 +13,8 @@ ADAPTER, PIPELINE = "adapter", "pipeline"  # in the run folder
 class Export(pl.Callback):
     """Write what was learned when training ends, with the averaged weights where they are kept.
 
-    What is a file of its own beside the base goes to ``adapter/``, and into a whole ``pipeline/`` only if ``merged``;
-    anything else is a ``pipeline/``.
+    What is a file of its own beside the base goes to ``adapter/``. A whole ``pipeline/`` is written of anything else; if
+    ``merged``; and if other noise levels were learned than the base's, which an adapter cannot say.
     """
 
     def __init__(self, merged: bool = False) -> None:
@@ -33,6 +33,7 @@ class Export(pl.Callback):
         if tuning.separate:
             with pl_module.averaged(), atomic(folder / ADAPTER) as temporary:
                 tuning.save(temporary)
-        if self.merged or not tuning.separate:
+        levels = pl_module.objective.scheduler
+        if self.merged or not tuning.separate or levels not in (None, pl_module.family.scheduler):
             with pl_module.finished():
                 pl_module.family.save(folder / PIPELINE)

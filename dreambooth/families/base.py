@@ -90,3 +90,9 @@ def own_weights(network: nn.Module) -> dict[str, Tensor]:
         for name, value in network.state_dict().items()
         if not any(part.startswith("lora_") for part in name.split("."))
     }
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """Switch on gradient checkpointing, under its name in diffusers, transformers 5 or transformers 4."""
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(network, name) for name in names if hasattr(network, name))()
