@@ -47,16 +47,16 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
         return None
     if cfg.evaluate.images is not None:
         return _evaluate_folder(cfg)
-    found = find_model(cfg)
+    source = find_model(cfg)
     model = Path(str(cfg.infer.model)).expanduser()
     run = model if (model / CONFIG).exists() else None
     cfg = cfg if run is None else settings_of_run(cfg, run)
     subject, suite = measure.Subject.of(cfg), build(cfg.metrics)
     suite.move(pick_device(cfg.trainer.accelerator))
-    models = {"after": found.load(cfg)}
+    models = {"after": source.load(cfg)}
     if run is not None:
         models = {"before": build(cfg.model.family), **models}
-    sets = {name: _pictures(cfg, family, found.resolution) for name, family in models.items()}
+    sets = {name: _pictures(cfg, family, source.resolution) for name, family in models.items()}
     folder = choose_folder(cfg, run, sets)
     rows = measure.score_photos(suite, subject)
     for name, family in models.items():

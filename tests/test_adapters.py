@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from dreambooth.callbacks.evaluate import Evaluate
 from dreambooth.config import compose
 from dreambooth.errors import UserError
+from dreambooth.evaluation import evaluate
 from dreambooth.generation import generate
 from dreambooth.picture_files import read_settings
 from dreambooth.sampling import draw
 from dreambooth.tasks import RunResult, train
 from dreambooth.tuning.lora import Lora
 from tests.steps import module_of
+from tests.test_evaluate import MEASURED, settings
 from tests.test_tuning import LAYERS, LORA
 from tests.tiny import build_tiny_sd, short_run
 
@@ -174,3 +176,16 @@ def test_merged_on_request_is_what_the_adapter_draws(tiny_sd: Path, photos: Path
     again = compose([*overrides(build_tiny_sd(tmp_path / "other", seed=9), photos, folder), *more])
     with pytest.raises(UserError, match="other settings"):
         train(again)
+
+
+def test_a_run_with_an_adapter_is_measured_as_any(tiny_sd: Path, tmp_path: Path) -> None:
+    """The best step is the adapter's; base and adapter draw again what was measured in training, to the last digit."""
+    folder = tmp_path / "run"
+    adapter = ["model/tuning=lora", "model.tuning.rank=2", "model.tuning.alpha=6", "model.optim.lr=0.05", "logger=none"]
+    train(compose([*settings(tiny_sd, folder), *adapter, "trainer.max_steps=3"]))
+    assert all(".lora_" in key for key in load_file(folder / "checkpoints" / "best.safetensors"))
+    before = (folder / "evaluation" / "scores.jsonl").read_bytes()
+    shutil.rmtree(folder / "evaluation" / "after")
+    evaluate(compose([f"infer.model={folder}", "task=evaluate", *MEASURED]))
+    assert (folder / "evaluation" / "scores.jsonl").read_bytes() == before
+    assert not (folder / "evaluation-2").exists()

@@ -13,8 +13,8 @@ ADAPTER, PIPELINE = "adapter", "pipeline"  # in the run folder
 class Export(pl.Callback):
     """Write what was learned when training ends, with the averaged weights where they are kept.
 
-    What is a file of its own beside the base goes to ``adapter/``. A whole ``pipeline/`` is written of anything else; if
-    ``merged``; and if other noise levels were learned than the base's, which an adapter cannot say.
+    What is a file of its own beside the base goes to ``adapter/``. A whole ``pipeline/`` is written of all else, if
+    ``merged``, and if other noise levels were learned than the base's: no adapter says these.
     """
 
     def __init__(self, merged: bool = False) -> None:
