@@ -127,8 +127,7 @@ def check_the_loss(module: Any, prior: bool, photos: Path | None) -> None:
         part |= {"cond": {key: value[rows] for key, value in batch["cond"].items()}} if "cond" in batch else {}
         parts.append(module.training_step(part, 0)["loss"])
     torch.testing.assert_close(loss, parts[0] + 0.7 * sum(parts[1:]), rtol=1e-5, atol=1e-6)
-    for network in module.learned.values():
-        network.train()
+    module.train()
     module._losses.clear()
     module._quarters.clear()
 
