@@ -212,7 +212,7 @@ class Moments(pl.Callback):
         self.kept: list[bool] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: object) -> None:
-        weight = next(pl_module.learned["text_encoder"].parameters())
+        weight = next(one for name, one in pl_module.tuning.weights().items() if name.startswith("text_encoder"))
         self.kept.append(weight in trainer.optimizers[0].state)
 
 
