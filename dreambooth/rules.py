@@ -146,6 +146,8 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
             raise UserError(f"{key}={values[key]}: the text encoder does not learn; type model.train_text_encoder=true")
     if values.get("model.ema.decay") is not None and "ScheduleFree" in str(values.get("model.optim._target_")):
         raise UserError("model.ema.decay: a Schedule-Free optimizer averages by itself; type model.ema.decay=null")
+    if str(values.get("model.optim._target_")).lower().endswith(".prodigy") and values["model.optim.lr"] < 0.1:
+        raise UserError(f"model.optim.lr={values['model.optim.lr']}: Prodigy finds its rate; type model.optim.lr=1")
     if values.get("model.objective.rescale_zero_terminal_snr"):
         for key in ("callbacks.sample_grid.sampler_type", "evaluate.sampler_type"):
             if values.get(key) == "PLMS":
