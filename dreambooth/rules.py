@@ -144,14 +144,8 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
     for key in ("model.tuning.text_encoder_lr", "model.tuning.stop_text_encoder_at"):
         if values.get(key) is not None and not values["model.train_text_encoder"]:
             raise UserError(f"{key}={values[key]}: the text encoder does not learn; type model.train_text_encoder=true")
-    if values.get("model.ema.decay") is not None and "ScheduleFree" in str(values.get("model.optim._target_")):
-        raise UserError("model.ema.decay: a Schedule-Free optimizer averages by itself; type model.ema.decay=null")
-    if values.get("model.objective.rescale_zero_terminal_snr"):
-        for key in ("callbacks.sample_grid.sampler_type", "evaluate.sampler_type"):
-            if values.get(key) == "PLMS":
-                raise UserError(
-                    f"{key}=PLMS cannot draw from noise levels of zero terminal SNR: type DDIM, DPM or EULER"
-                )
+    _check_optimizer(values)
+    _check_noise_levels(values)
     _check_prompts(values)
     benchmarked = values["task"] == "benchmark"
     if values["task"] in ("train", "prepare") or benchmarked:
@@ -195,6 +189,34 @@ def _check_kind(key: str, value: Any, card: Any) -> None:
     }
     if not fits[kind]:
         raise UserError(f"{key}={value}: must be {KINDS[kind]}")
+
+
+def _check_optimizer(values: Mapping[str, Any]) -> None:
+    """Settings that would undo what an optimizer does by itself."""
+    target, rate = str(values.get("model.optim._target_")).lower(), values.get("model.optim.lr")
+    if "schedulefree" in target and values.get("model.ema.decay") is not None:
+        raise UserError("model.ema.decay: a Schedule-Free optimizer averages by itself; type model.ema.decay=null")
+    if target.endswith(".prodigy"):
+        if rate < 0.1:  # type: ignore[operator]
+            raise UserError(f"model.optim.lr={rate}: Prodigy finds its rate by itself; type model.optim.lr=1")
+        if values.get("model.tuning.text_encoder_lr") is not None:
+            raise UserError(
+                "model.tuning.text_encoder_lr: Prodigy finds one rate for all; type null, or another optimizer"
+            )
+
+
+def _check_noise_levels(values: Mapping[str, Any]) -> None:
+    """What could not draw from noise levels that end in pure noise."""
+    if not values.get("model.objective.rescale_zero_terminal_snr"):
+        return
+    for key in ("callbacks.sample_grid.sampler_type", "evaluate.sampler_type"):
+        if values.get(key) == "PLMS":
+            raise UserError(f"{key}=PLMS cannot draw from noise levels of zero terminal SNR: type DDIM, DPM or EULER")
+    if "model.tuning.alpha" in values and values.get("callbacks.export.merged") is False:
+        raise UserError(
+            "model.objective.rescale_zero_terminal_snr: an adapter does not say which noise levels it learned, a "
+            "pipeline does; type callbacks.export.merged=true"
+        )
 
 
 def _check_prompts(values: Mapping[str, Any]) -> None:
