@@ -212,11 +212,6 @@ def _check_noise_levels(values: Mapping[str, Any]) -> None:
     for key in ("callbacks.sample_grid.sampler_type", "evaluate.sampler_type"):
         if values.get(key) == "PLMS":
             raise UserError(f"{key}=PLMS cannot draw from noise levels of zero terminal SNR: type DDIM, DPM or EULER")
-    if "model.tuning.alpha" in values and values.get("callbacks.export.merged") is False:
-        raise UserError(
-            "model.objective.rescale_zero_terminal_snr: an adapter does not say which noise levels it learned, a "
-            "pipeline does; type callbacks.export.merged=true"
-        )
 
 
 def _check_prompts(values: Mapping[str, Any]) -> None:

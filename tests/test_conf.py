@@ -167,6 +167,7 @@ def test_wrong_input_is_one_line_with_the_right_name(override, words):
 def test_right_input_of_several_kinds_is_taken():
     given = """+trainer.deterministic=true trainer.devices=auto trainer.gradient_clip_val=null callbacks.export=null
     infer.prompts=dog model.ema.decay=0.99 model.optim.lr=1 model.data.instance_prompt='a,b' name=7"""
+    given += " evaluate.unconditional_guidance_scale=3.5 model.data.sampler.unconditional_guidance_scale=2.5"
     cfg = config.compose(given.split())
     assert (cfg.trainer.deterministic, cfg.callbacks.export, cfg.infer.prompts) == (True, None, "dog")
 

@@ -110,7 +110,7 @@ def test_settings_that_undo_an_optimizer_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.ema\.decay"):
         compose(["model/optim=schedule_free", "model.ema.decay=0.9"])
     with pytest.raises(UserError, match=r"type model\.optim\.lr=1$"):  # a recipe's rate is AdamW's
-        compose(["model/optim=prodigy", "experiment=nemo_sd15", "model.data.instance_dir=photos"])
+        compose(["model/optim=prodigy", "experiment=nemo_sd15_lora", "model.data.instance_dir=photos"])
     with pytest.raises(UserError, match=r"model\.tuning\.text_encoder_lr: Prodigy"):
         compose(["model/optim=prodigy", "model.train_text_encoder=true", "model.tuning.text_encoder_lr=1e-5"])
     assert compose(["model/optim=prodigy"]).model.optim.lr == 1.0

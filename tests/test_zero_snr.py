@@ -79,9 +79,6 @@ def test_other_schedulers_become_one_that_can(tmp_path: Path) -> None:
 def test_what_cannot_be_is_said_before_anything_is_written(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.sampler_type=PLMS"):
         compose([KEY, "evaluate.sampler_type=PLMS"])
-    with pytest.raises(UserError, match=r"type callbacks\.export\.merged=true"):
-        compose([KEY, "model/tuning=lora"])
-    compose([KEY, "model/tuning=lora", "callbacks.export.merged=true"])
     before = set(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"predicts epsilon .*rescale_zero_terminal_snr=false"):
         train(compose([*short_run(tiny_sd, photos, tmp_path / "run"), KEY]))
