@@ -33,7 +33,7 @@ def replay(tape: dict[str, Tensor], overrides: list[str], folder: Path) -> list[
     quieten()
     cfg = compose(overrides)
     family = build(cfg.model.family)
-    module = make_module(cfg, family)
+    module = make_module(cfg, build(cfg.model.tuning)(family))
     for name, weight in module.tuning.weights().items():
         if name in tape:
             weight.data.copy_(tape[name][0])

@@ -104,7 +104,7 @@ def find_model(cfg: DictConfig) -> Model:
 
     def adapter_in(path: str | Path) -> Adapter:
         parts = {"denoiser": infer.adapter_denoiser, "text_encoder": infer.adapter_text_encoder}
-        return Adapter(find_adapter(str(path)), infer.adapter_scale, **parts)
+        return Adapter(**find_adapter(str(path)), scale=infer.adapter_scale, **parts)
 
     given = adapter_in(infer.adapter) if infer.adapter is not None else None
     of_command = Model(cfg.model.from_pretrained, None, given, cfg.model.revision, cfg.model.variant)

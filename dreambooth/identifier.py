@@ -16,6 +16,7 @@ from dreambooth.errors import UserError
 from dreambooth.files import atomic
 from dreambooth.generation import pick_device
 from dreambooth.picture_files import describe, draw_batch
+from dreambooth.rare_words import around_the_rare_word
 from dreambooth.run_folder import is_rank_zero
 
 log = logging.getLogger(__name__)
@@ -87,18 +88,6 @@ def rare_words(tokenizer: Any, max_characters: int) -> list[tuple[str, int]]:
         if alone and tokenizer(word, add_special_tokens=False).input_ids == [token]:
             words.append((word, token))
     return words
-
-
-def around_the_rare_word(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
-    """What stands before and after the words of the instance prompt that the class prompt lacks."""
-    words, known = instance_prompt.split(), {word.lower() for word in class_prompt.split()}
-    rare = [place for place, word in enumerate(words) if word.lower() not in known]
-    if not rare:
-        raise UserError(
-            f"model.data.instance_prompt '{instance_prompt}' has no word that model.data.regularization_prompt "
-            f"'{class_prompt}' lacks; type one before the class noun, such as 'a photo of a sks dog'"
-        )
-    return " ".join(words[: rare[0]]), " ".join(words[rare[-1] + 1 :])
 
 
 def _report(found: Iterable[Identifier], out_path: str | None) -> None:

@@ -138,7 +138,7 @@ class DreamBoothModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """From step ``tuning.stop_text_encoder_at`` on the text encoder is frozen, and read once a prompt."""
-        if self.stopped or not self.tuning.stops_text(batch["step"]):
+        if self.stopped or not self.tuning.stops_text(batch["step"], self.trainer.max_steps):
             return
         self.stopped = True
         for weight in self.tuning.stop_text():
@@ -179,6 +179,8 @@ class DreamBoothModule(pl.LightningModule):
         An optimizer that follows torch's protocol for GradScaler (a fused one) does both inside its own pass over the
         weights, from two numbers that stay on the device.
         """
+        for weight in self.tuning.waiting(self.trainer.global_step, self.trainer.max_steps):
+            weight.grad = None  # so neither updated nor decayed; it had one as DDP waits for all
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         by_value = gradient_clip_algorithm == "value"

@@ -21,6 +21,10 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "model.objective.shift": float,
     "model.tuning.text_encoder_lr": float,
     "model.tuning.stop_text_encoder_at": int,
+    "model.tuning.placeholder_token": str,
+    "model.tuning.initializer_token": str,
+    "model.tuning.embedding_lr": float,
+    "model.tuning.embedding_steps": float,
     "callbacks.sample_grid.every_n_train_steps": int,
     "model.data.cached_instance_dir": str,
     "model.data.cached_reg_dir": str,
@@ -93,7 +97,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         benchmark.num_images_per_prompt benchmark.num_class_images identifier.candidates identifier.max_characters
         identifier.num_images callbacks.evaluate.num_images_per_prompt
         callbacks.evaluate.num_class_images callbacks.evaluate.patience model.tuning.rank
-        model.tuning.stop_text_encoder_at""",
+        model.tuning.stop_text_encoder_at model.tuning.num_vectors""",
     ),
     ("at least 1, or -1 for no end", lambda value: value >= 1 or value == -1, "trainer.max_steps trainer.max_epochs"),
     ("at least 1, or -1 to keep all", lambda value: value >= 1 or value == -1, "callbacks.checkpoint.save_last_k"),
@@ -109,7 +113,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         "callbacks.evaluate.max_drift callbacks.evaluate.target "
         "trainer.gradient_clip_val model.weighting.gamma model.loss.delta model.objective.std model.objective.shift "
         "model.learning_rate model.optim.lr model.optim.eps model.optim.d_coef "
-        "model.tuning.text_encoder_lr model.tuning.alpha infer.adapter_scale",
+        "model.tuning.text_encoder_lr model.tuning.alpha model.tuning.embedding_lr model.tuning.embedding_steps "
+        "infer.adapter_scale",
     ),
     (
         "from 0 to 1",
@@ -146,6 +151,10 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
             raise UserError(f"{key}={values[key]}: the text encoder does not learn; type model.train_text_encoder=true")
     _check_optimizer(values)
     _check_noise_levels(values)
+    if "model.tuning.num_vectors" in values and values["model.train_text_encoder"]:
+        raise UserError(
+            "model.train_text_encoder=true: only a new word of it learns here; type false, or take model/tuning=lora"
+        )
     _check_prompts(values)
     benchmarked = values["task"] == "benchmark"
     if values["task"] in ("train", "prepare") or benchmarked:

@@ -23,11 +23,11 @@ from dreambooth.callbacks.checkpoint import FOLDER, Checkpoint, newest
 from dreambooth.config import build
 from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.errors import UserError
-from dreambooth.families.base import Family
 from dreambooth.module import DreamBoothModule
 from dreambooth.optimizers import checked
 from dreambooth.report.overrides import record
 from dreambooth.run_folder import is_rank_zero, open_run
+from dreambooth.tuning.base import Tuning
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ def train(cfg: DictConfig) -> RunResult:
 
 def _train(cfg: DictConfig) -> RunResult:
     by_epochs = counts_epochs(cfg)
-    family, data = prepare_data(cfg)
-    module = make_module(cfg, family)
+    tuning, data = prepare_data(cfg)
+    module = make_module(cfg, tuning)
     callbacks = make_callbacks(cfg)
     run = open_run(cfg, Path(cfg.run_dir))
     if run.summary is not None:
@@ -75,27 +75,31 @@ def prepare(cfg: DictConfig) -> Path:
     """Draw the missing regularization pictures and encode what is not cached; returns the folder of the former."""
     quieten()
     with slurm.requeued(requeues(cfg)):
-        family, data = prepare_data(cfg)
-        fit(make_trainer(cfg, Path(cfg.run_dir), [], max_steps=0), make_module(cfg, family), data, None)
+        tuning, data = prepare_data(cfg)
+        fit(make_trainer(cfg, Path(cfg.run_dir), [], max_steps=0), make_module(cfg, tuning), data, None)
     return Path(cfg.model.data.regularization_dir)
 
 
-def prepare_data(cfg: DictConfig) -> tuple[Family, DreamBoothDataModule]:
-    """The untouched networks and the checked data; nothing is drawn, encoded or written yet."""
+def prepare_data(cfg: DictConfig) -> tuple[Tuning, DreamBoothDataModule]:
+    """What will learn of the untouched networks, and the checked data; nothing is drawn, encoded or written yet."""
     model = cfg.model
     family = build(model.family)
-    shared = "micro_batch_size restore_from_path train_text_encoder use_cached_latents with_prior_preservation prior"
-    data = build(model.data)(family, **{key: model[key] for key in shared.split()}, seed=cfg.seed)
+    tuning: Tuning = build(model.tuning)(family)
+    shared = "micro_batch_size restore_from_path use_cached_latents with_prior_preservation prior".split()
+    given = {key: model[key] for key in shared} | {"train_text_encoder": tuning.learns_text, "seed": cfg.seed}
+    data = build(model.data)(family, **given)
     data.check()
-    return family, data
+    if model.with_prior_preservation and not tuning.drifts:
+        log.warning("nothing but a new word learns, so the class cannot drift: model.with_prior_preservation=false")
+    return tuning, data
 
 
-def make_module(cfg: DictConfig, family: Family) -> DreamBoothModule:
-    """What learns, and how."""
-    model = cfg.model
+def make_module(cfg: DictConfig, tuning: Tuning) -> DreamBoothModule:
+    """How it learns."""
+    model, family = cfg.model, tuning.family
     return DreamBoothModule(
         family,
-        build(model.tuning)(family),
+        tuning,
         build(model.objective)(family.scheduler, build(model.loss)),
         build(model.weighting),
         checked(build(model.optim)),

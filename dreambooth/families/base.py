@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from dreambooth.files import hash_tensors
 
+ADDED = "added_rows"  # of a table of embeddings, by a tuning
+
 
 class Family(ABC):
     """Networks in a plain dict, so that a LightningModule registers only those that learn, and what they do together.
@@ -84,11 +86,11 @@ class Family(ABC):
 
 
 def own_weights(network: nn.Module) -> dict[str, Tensor]:
-    """A network's weights without its adapters, by the names they have without them (PEFT adds ``base_layer``)."""
+    """A network's weights without adapters and new words, by the names without them (PEFT adds ``base_layer``)."""
     return {
         name.replace(".base_layer.", "."): value
         for name, value in network.state_dict().items()
-        if not any(part.startswith("lora_") for part in name.split("."))
+        if not any(part.startswith(("lora_", ADDED)) for part in name.split("."))
     }
 
 

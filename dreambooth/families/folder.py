@@ -121,11 +121,17 @@ def load_scheduler(folder: Path) -> Any:
 
 
 def export(
-    source: Path, networks: dict[str, nn.Module], scheduler: Any, folder: Path, dtype: torch.dtype | None = None
+    source: Path,
+    networks: dict[str, nn.Module],
+    scheduler: Any,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    grown: dict[str, Any] | None = None,
 ) -> None:
     """Write ``networks`` and all else that ``source`` has as a folder that DiffusionPipeline loads and draws with.
 
-    Configs, tokenizer and safety checker are copies, and so is the scheduler unless it is another than the source's.
+    Configs, tokenizer and safety checker are copies, and so is the scheduler unless it is another than the source's;
+    tokenizers that have ``grown`` by a word are written over the source's.
     The folder appears whole or not at all.
 
     Raises:
@@ -147,6 +153,8 @@ def export(
                 index[name] = ["diffusers", type(scheduler).__name__]
             else:
                 _copy_component(source / name, partial / name)
+            if name in (grown or {}):
+                grown[name].save_pretrained(partial / name)  # type: ignore[index]
         write_json(partial / INDEX, index)
 
 
@@ -169,6 +177,8 @@ def _write_network(source: Path, network: nn.Module, folder: Path, dtype: torch.
     }
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     save_file(weights, folder / f"{stem}.safetensors", {"format": "pt"})
+    if "vocab_size" in config:  # which a new word raises
+        config["vocab_size"] = network.config.vocab_size  # type: ignore[union-attr]
     write_json(folder / "config.json", _in_float32(config))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -38,6 +39,7 @@ class StableDiffusion(Family):
         )
         super().__init__({"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder})
         self.tokenizer = folders.load_tokenizer(self.folder / "tokenizer", CLIPTokenizer)
+        self.vocabulary = len(self.tokenizer)  # without what a tuning adds
         self.scheduler = folders.load_scheduler(self.folder)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.window = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
@@ -57,6 +59,8 @@ class StableDiffusion(Family):
         return (mean + (logvar / 2).exp() * noise) * self.vae.config.scaling_factor
 
     def tokens(self, prompts: list[str]) -> Tensor:
+        with folders.quiet():  # as the pipeline does it: a learned word of several embeddings is as many tokens
+            prompts = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), self.tokenizer)
         self._warn_of_cuts(prompts)
         return self.tokenizer(
             prompts, padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
@@ -84,7 +88,8 @@ class StableDiffusion(Family):
         return pipeline
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        folders.export(self.folder, self.networks, self.scheduler, folder, dtype)
+        grown = {"tokenizer": self.tokenizer} if len(self.tokenizer) > self.vocabulary else {}
+        folders.export(self.folder, self.networks, self.scheduler, folder, dtype, grown)
 
     def _warn_of_cuts(self, prompts: list[str]) -> None:
         """Say once of a prompt that its end is not read; 2 of its tokens are the start and the end."""

@@ -26,17 +26,19 @@ class Tuning(ABC):
         family: the networks, with the weights of the source.
         train_text_encoder: whether something of the text encoder learns, too.
         text_encoder_lr: its own learning rate; None: the optimizer's.
-        stop_text_encoder_at: the optimizer step from which on it is frozen; None: it learns to the end.
+        stop_text_encoder_at: the optimizer step from which on it is frozen, or below 1 a share of all steps; None: it
+            learns to the end.
     """
 
-    separate = False  # whether what learned is a file of its own beside the base (``save``)
+    separate = False  # whether what learned is files of its own beside the base (``save``)
+    drifts = True  # whether what learns can change pictures of the class
 
     def __init__(
         self,
         family: Family,
         train_text_encoder: bool = False,
         text_encoder_lr: float | None = None,
-        stop_text_encoder_at: int | None = None,
+        stop_text_encoder_at: float | None = None,
     ) -> None:
         family.fingerprint()  # while the weights are those of the source
         self.family = family
@@ -72,16 +74,18 @@ class Tuning(ABC):
             return list(weights.values())
         text = [weight for name, weight in weights.items() if name.startswith(TEXT)]
         rest = [weight for name, weight in weights.items() if not name.startswith(TEXT)]
-        return [{"params": rest}, {"params": text, "lr": self.text_encoder_lr}]
+        return [group for group in ({"params": rest}, {"params": text, "lr": self.text_encoder_lr}) if group["params"]]
 
     @property
     def learns_text(self) -> bool:
         """Whether something of a text encoder learns, or has learned before it was stopped."""
         return any(name.startswith(TEXT) for name in self.learned)
 
-    def stops_text(self, step: int) -> bool:
-        """Whether a text encoder that has learned is at rest in an optimizer step."""
-        return self.learns_text and self.stop_text_encoder_at is not None and step >= self.stop_text_encoder_at
+    def stops_text(self, step: int, goal: int) -> bool:
+        """Whether a text encoder that has learned is at rest in an optimizer step of ``goal``."""
+        if not self.learns_text or (stop := self.stop_text_encoder_at) is None:
+            return False
+        return step >= (stop * goal if stop < 1 else stop)
 
     def stop_text(self) -> list[nn.Parameter]:
         """Freeze the text encoders; the parameters that learn no longer."""
@@ -89,6 +93,10 @@ class Tuning(ABC):
             if name.startswith(TEXT):
                 network.requires_grad_(False).eval()
         return [weight for name, weight in self.weights().items() if name.startswith(TEXT)]
+
+    def waiting(self, step: int, goal: int) -> list[nn.Parameter]:
+        """The parameters that do not learn yet in an optimizer step of ``goal``."""
+        return []
 
     def remember(self) -> None:
         """Keep what ``untouched`` needs; called before the first step, while nothing has learned."""

@@ -113,6 +113,8 @@ class Lora(Tuning):
         """
         parts: dict[str, Any] = {}
         for name, network in self.learned.items():
+            if not hasattr(network, "peft_config"):
+                continue
             weights = published(network, get_peft_model_state_dict(network, adapter_name=ADAPTER))
             on_cpu = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
             if name.startswith(TEXT):  # transformers 5 looks for DoRA's lengths by the full name, which all others take
