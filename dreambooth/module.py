@@ -83,7 +83,7 @@ class DreamBoothModule(pl.LightningModule):
         x_t = self.objective.add_noise(x0, noise, t)
         cond = batch["cond"] if "cond" in batch else self.read(batch["prompts"])
         pred = self.family.denoise(x_t, t, cond)
-        per_example = self.objective.loss(pred, x0, noise, t, self.weighting)
+        per_example = self.objective.loss(pred, x0, noise, t, self.weighting, batch.get("mask"))
         loss, instance, prior = prior_loss(per_example, batch["is_prior"], self.prior_loss_weight)
         self._losses.append(torch.stack([loss, instance, prior]).detach())
         self._quarters.append(self.objective.by_quarter(per_example.detach(), t))
@@ -114,7 +114,7 @@ class DreamBoothModule(pl.LightningModule):
             return self.family.encode_pictures(pixels)
 
     def read(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Conditions (B, …) of prompts: each distinct one, of the two that a batch has, is read once."""
+        """Conditions (B, …) of prompts: each distinct one is read once."""
         distinct = list(dict.fromkeys(prompts))
         rows = self.send(torch.tensor([distinct.index(prompt) for prompt in prompts]))
         return {name: value[rows] for name, value in self.family.encode_prompts(distinct).items()}

@@ -60,9 +60,21 @@ class Diffusion:
         a = self._alpha(t)
         return a / (1 - a)
 
-    def loss(self, pred: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weighting: Weighting | None = None) -> Tensor:
-        """The mean squared error of each example, (B,) float32, times its weight (None: 1)."""
-        loss = (pred.float() - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
+    def loss(
+        self,
+        pred: Tensor,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        weighting: Weighting | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The mean squared error of each example, (B,) float32, times its weight (None: 1).
+
+        ``mask`` (B, 1, h, w) weighs the latent cells; its mean over an example is 1 (``data.masks``).
+        """
+        error = (pred.float() - self.target(x0, noise, t).float()).square()
+        loss = (error if mask is None else error * mask).flatten(1).mean(1)
         if weighting is None:
             return loss
         snr = self.snr(t).clamp(min=2**-24)  # schedules rescaled to zero terminal SNR would give 0 / 0

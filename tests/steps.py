@@ -8,9 +8,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from dreambooth import tuning
+from dreambooth import compose, train, tuning
 from dreambooth.callbacks.checkpoint import AtomicCheckpointIO
-from dreambooth.data.pairs import Role, Stream
+from dreambooth.data.pairs import Bucket, Role, Stream
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.module import DreamBoothModule
 from dreambooth.objective import Diffusion
@@ -42,17 +42,16 @@ class Latents(pl.LightningDataModule):
         for name, moments in self.moments.items():
             paths = [Path(name, str(number)) for number in range(len(moments))]
             with torch.no_grad():
-                cond = None if self.text else self.family.encode_prompts([PROMPTS[name]])
-            roles.append(Role(name, PROMPTS[name], paths, [[one] for one in moments], cond))
+                conds = None if self.text else {PROMPTS[name]: self.family.encode_prompts([PROMPTS[name]])}
+            roles.append(Role(name, [PROMPTS[name]] * len(paths), paths, [[one] for one in moments], conds))
         stream = Stream(
-            roles,
+            [Bucket(32, [roles])],
             micro_batch_size=self.size,
             seed=self.seed,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             accumulate=self.trainer.accumulate_grad_batches,
             first_step=self.trainer.global_step,
-            resolution=32,
             center_crop=True,
             random_flip=False,
         )
@@ -105,3 +104,10 @@ def run(
     text = "text_encoder" in module.learned
     trainer_.fit(module, datamodule=Latents(module.family, size, module.seed, prior, text, poison), ckpt_path=resume)
     return trainer_, rows
+
+
+def trained(steps: int, *settings: str) -> dict[str, torch.Tensor]:
+    """The state of what learned after so many steps, begun or gone on with, and nothing else beside the checkpoint."""
+    less = [f"callbacks.{name}=null" for name in ("sample_grid", "evaluate", "export", "report")]
+    done = train(compose([*settings, *less, f"trainer.max_steps={steps}"]))
+    return torch.load(done.folder / f"checkpoints/step_{steps:06d}.ckpt", weights_only=True)["state_dict"]

@@ -41,6 +41,10 @@ class StableDiffusion(Family):
         self.window = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
     @property
+    def multiple(self) -> int:
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
     def default_resolution(self) -> int:
         return self.unet.config.sample_size * self.factor
 
