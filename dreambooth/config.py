@@ -136,9 +136,19 @@ def register_resolvers() -> None:
 
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("settings_id", settings_id, replace=True)
-    OmegaConf.register_new_resolver("slug", lambda text: re.sub(r"[^\w.]+", "-", str(text)).strip("-."), replace=True)
-    OmegaConf.register_new_resolver("phrase", lambda text: re.sub(r"^a \w+ of ", "", str(text)), replace=True)
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("phrase", phrase, replace=True)
     OmegaConf.register_new_resolver("subject", lambda name: str(SUBJECTS / name), replace=True)
+
+
+def slug(text: object) -> str:
+    """A text as the name of a folder."""
+    return re.sub(r"[^\w.]+", "-", str(text)).strip("-.")
+
+
+def phrase(prompt: object) -> str:
+    """A prompt without how the picture is made: "a sks dog" of "a photo of a sks dog"."""
+    return re.sub(r"^a \w+ of ", "", str(prompt))
 
 
 def _command(hydra_node: Any) -> str:

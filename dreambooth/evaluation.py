@@ -51,20 +51,20 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
     model = Path(str(cfg.infer.model)).expanduser()
     run = model if (model / CONFIG).exists() else None
     cfg = cfg if run is None else settings_of_run(cfg, run)
-    subject, suite = measure.Subject.of(cfg), build(cfg.metrics)
+    subjects, suite = measure.Subject.all_of(cfg), build(cfg.metrics)
     suite.move(pick_device(cfg.trainer.accelerator))
     models = {"after": source.load(cfg)}
     if run is not None:
         models = {"before": build(cfg.model.family), **models}
-    sets = {name: _pictures(cfg, family, source.resolution) for name, family in models.items()}
+    sets = {name: _pictures(cfg, subjects, family, source.resolution) for name, family in models.items()}
     folder = choose_folder(cfg, run, sets)
-    rows = measure.score_photos(suite, subject)
+    rows = measure.score_photos(suite, subjects)
     for name, family in models.items():
         family.move(pick_device(cfg.trainer.accelerator))
         store = cfg.evaluate.base_dir if name == "before" else None
         draw_through(store, family, folder / name, sets[name], f"drawing the pictures {name}")
-        part = measure.picture_rows(folder / name, sets[name])
-        rows += measure.score(suite, part, measure.open_all(folder, part), subject)
+        part = measure.picture_rows(folder / name, sets[name], subjects)
+        rows += measure.score(suite, part, measure.open_all(folder, part), subjects)
         family.move("cpu")
     found = write(folder, suite, rows)
     if run is not None and folder == run / FOLDER:
@@ -106,9 +106,12 @@ def write(folder: Path, suite: Suite, rows: Sequence[Row], **more: Any) -> Evalu
     return Evaluation(folder, metrics)
 
 
-def _pictures(cfg: DictConfig, family: Family, resolution: int | None) -> list[dict[str, Any]]:
+def _pictures(
+    cfg: DictConfig, subjects: Sequence[measure.Subject], family: Family, resolution: int | None
+) -> list[dict[str, Any]]:
     side = resolution or family.default_resolution
-    return describe(measure.wanted(cfg.evaluate), cfg.evaluate, str(cfg.infer.model), family.fingerprint(), side)
+    asked = measure.wanted(cfg.evaluate, subjects)
+    return describe(asked, cfg.evaluate, str(cfg.infer.model), family.fingerprint(), side)
 
 
 def _evaluate_folder(cfg: DictConfig) -> Evaluation:
@@ -122,7 +125,7 @@ def _evaluate_folder(cfg: DictConfig) -> Evaluation:
             "them, or a text file with a line a picture, in the order of their names"
         )
     prompts = prompts * len(paths) if len(prompts) == 1 else prompts
-    subject, suite = measure.Subject.of(cfg), build(cfg.metrics)
+    subjects, suite = measure.Subject.all_of(cfg), build(cfg.metrics)
     suite.move(pick_device(cfg.trainer.accelerator))
     rows: list[Row] = [
         {"set": "after", "file": str(path), "role": "subject", "prompt": prompt, "prompt_index": prompts.index(prompt)}
@@ -131,8 +134,8 @@ def _evaluate_folder(cfg: DictConfig) -> Evaluation:
     ]
     images: list[Image.Image] = [open_picture(path) for path in paths]
     folder = Path(how.out_path or Path(cfg.run_dir) / FOLDER).expanduser()
-    scored = measure.score(suite, rows, images, subject)
-    return write(folder, suite, [*measure.score_photos(suite, subject), *scored])
+    scored = measure.score(suite, rows, images, subjects)
+    return write(folder, suite, [*measure.score_photos(suite, subjects), *scored])
 
 
 def _into_summary(run: Path, metrics: dict[str, Any]) -> None:

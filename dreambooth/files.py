@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,12 +22,14 @@ WRITE_ERRORS = ("No space left", "inline_container", "iostream error")
 log = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = set(".avif .bmp .gif .heic .heif .jp2 .jpeg .jpg .png .tif .tiff .webp".split())
+MASK = "_mask.png"  # 0_mask.png beside 0.jpg is its mask, and no picture
 
 
-def list_pictures(folder: Path, key: str, known: Collection[str] = ()) -> list[Path]:
+def list_pictures(folder: Path, key: str, known: Collection[str] | None = ()) -> list[Path]:
     """The pictures of a folder, sorted by name, each one decoded to the end.
 
-    Hidden files and folders are skipped, other files reported once and ignored, except those ``known`` by name.
+    Hidden files and folders are skipped, other files reported once and ignored, except those ``known`` by name (None:
+    all of them).
     Raises UserError, which names the config ``key``: no such folder, no picture, or all unreadable pictures at once.
     """
     paths = picture_paths(folder, key, known)
@@ -41,24 +43,43 @@ def list_pictures(folder: Path, key: str, known: Collection[str] = ()) -> list[P
     return paths
 
 
-def picture_paths(folder: Path, key: str, known: Collection[str] = ()) -> list[Path]:
+def picture_paths(folder: Path, key: str, known: Collection[str] | None = ()) -> list[Path]:
     """As ``list_pictures``, but nothing is decoded and an empty folder is no error."""
     folder = Path(folder)
     try:
         files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
     except OSError as error:
         raise UserError(f"{key}: cannot open {folder} ({error.strerror}); name a folder of pictures") from error
-    others = tuple(f.name for f in files if f.suffix.lower() not in PICTURE_SUFFIXES and f.name not in known)
-    if others:
-        report_ignored(folder, others)
-    return [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+    pictures = pictures_among(files)
+    others = [path.name for path in files if path not in pictures]
+    if known is not None and (unknown := tuple(name for name in others if name not in known)):
+        report_ignored(folder, unknown)
+    return pictures
+
+
+def pictures_among(files: Iterable[Path]) -> list[Path]:
+    """Those of the files of one folder that are pictures by their name, and not another picture's mask."""
+    found = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+    stems = {path.stem for path in found}
+    return [path for path in found if not (path.name.endswith(MASK) and path.name.removesuffix(MASK) in stems)]
+
+
+def distinct_names(folders: Iterable[str | Path]) -> list[str]:
+    """The last part of each path, with a number from the second of one name on."""
+    names: list[str] = []
+    for folder in folders:
+        name = Path(folder).name
+        again = sum(other == name or other.startswith(f"{name} ") for other in names)
+        names.append(f"{name} {again + 1}" if again else name)
+    return names
 
 
 @cache
 def report_ignored(folder: Path, names: tuple[str, ...]) -> None:
     """Say once in a process which files of a folder are not taken for pictures."""
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    log.warning("%s: not pictures, ignored: %s", folder, listed)
+    hint = "; model.data.masks=files takes the masks of photos" * any(name.endswith(MASK) for name in names)
+    log.warning("%s: not pictures, ignored: %s%s", folder, listed, hint)
 
 
 def fault_of(path: Path) -> str | None:

@@ -98,7 +98,7 @@ class DreamBoothModule(pl.LightningModule):
             target = self.teacher(batch, x_t, t, target)
         cond = batch["cond"] if "cond" in batch else self.read(batch["prompts"])
         pred = self.family.denoise(x_t, t, cond)
-        per_example = self.objective.loss(pred, x0, noise, t, self.weighting, target)
+        per_example = self.objective.loss(pred, x0, noise, t, self.weighting, target, batch.get("mask"))
         loss, instance, prior = prior_loss(per_example, batch["is_prior"], self.prior_loss_weight)
         self._losses.append(torch.stack([loss, instance, prior]).detach())
         self._quarters.append(self.objective.by_quarter(per_example.detach(), t))

@@ -61,15 +61,18 @@ class Objective(ABC):
         t: Tensor,
         weighting: Weighting | None = None,
         target: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The mean loss over each example, (B,) float32, times its weight (None: 1).
 
-        ``target`` (B, ...) stands in the place of what x0 and the noise make the network's goal.
+        ``target`` (B, ...) stands in the place of what x0 and the noise make the network's goal. ``mask`` (B, 1, h, w)
+        weighs the latent cells; its mean over an example is 1 (``data.masks``).
         """
         target = self.target(x0, noise, t) if target is None else target
         difference = pred.float() - target.float()
         snr = self.snr(t).clamp(min=2**-24)  # pure noise would give 0 / 0
-        loss = self.loss_of(difference, snr.view(-1, *[1] * (difference.dim() - 1))).flatten(1).mean(1)
+        errors = self.loss_of(difference, snr.view(-1, *[1] * (difference.dim() - 1)))
+        loss = (errors if mask is None else errors * mask).flatten(1).mean(1)
         return loss if weighting is None else loss * weighting(snr) / self.x0_weight(snr)
 
     def by_quarter(self, per_example: Tensor, t: Tensor) -> Tensor:

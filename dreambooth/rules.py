@@ -1,5 +1,6 @@
 """What every value of the tree may be, checked before anything is loaded; each complaint is one UserError."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,9 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "callbacks.sample_grid.every_n_train_steps": int,
     "model.data.cached_instance_dir": str,
     "model.data.cached_reg_dir": str,
+    "model.data.captions": str,
+    "model.data.masks": str,
+    "model.data.subjects": list,
     "callbacks.evaluate.every_n_train_steps": int,
     "callbacks.evaluate.patience": int,
     "callbacks.evaluate.max_drift": float,
@@ -56,6 +60,7 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "shard.folders": str,
     "shard.out_path": str,
 }
+SUBJECT = ("instance_dir", "instance_prompt", "regularization_prompt", "regularization_dir")  # of model.data.subjects
 SAMPLERS = ("DDIM", "PLMS", "DPM", "EULER")
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 CHOICES = {
@@ -69,6 +74,7 @@ CHOICES = {
     "evaluate.sampler_type": SAMPLERS,
     "infer.sampler_type": SAMPLERS,
     "model.prior": ("images", "teacher"),
+    "model.data.masks": ("alpha", "files"),
     "metrics.text": ("class", "identifier"),
     "model.objective.timesteps": ("uniform", "logit_normal"),
 }  # fmt: skip
@@ -93,7 +99,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         callbacks.sample_grid.num_images_per_prompt callbacks.sample_grid.resolution infer.num_images_per_prompt
         evaluate.batch_size infer.batch_size
         evaluate.num_images_per_prompt evaluate.num_class_images callbacks.evaluate.every_n_train_steps
-        benchmark.num_prompts benchmark.num_photos
+        benchmark.num_prompts benchmark.num_photos model.data.bucket_ratio
         benchmark.num_images_per_prompt benchmark.num_class_images identifier.candidates identifier.max_characters
         identifier.num_images callbacks.evaluate.num_images_per_prompt
         callbacks.evaluate.num_class_images callbacks.evaluate.patience model.tuning.rank
@@ -122,6 +128,12 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         "model.data.sampler.guidance_rescale callbacks.sample_grid.guidance_rescale infer.guidance_rescale "
         "evaluate.guidance_rescale",
     ),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, "model.data.caption_dropout model.data.mask_floor"),
+    (
+        "made of words, {caption}, {prompt} and {name}",
+        lambda value: value.strip() and not re.search(r"[{}]", re.sub(r"\{(caption|prompt|name)\}", "", value)),
+        "model.data.caption_template",
+    ),
     ("between 0 and 1", lambda value: 0 < value < 1, "model.ema.decay"),
     ("two below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "model.optim.betas"),
 ]
@@ -135,7 +147,7 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
     values: dict[str, Any] = {}
     _walk(tree, cards, "", values, source, cards)
     for key, options in CHOICES.items():
-        if key in values and values[key] not in options:
+        if values.get(key) is not None and values[key] not in options:
             raise UserError(f"{key}={values[key]}: there is no such choice{nearest(str(values[key]), options)}")
     for what, allowed, keys in RANGES:
         for key in keys.split():
@@ -156,6 +168,7 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
             "model.train_text_encoder=true: only a new word of it learns here; type false, or take model/tuning=lora"
         )
     _check_prompts(values)
+    _check_subjects(values)
     benchmarked = values["task"] == "benchmark"
     if values["task"] in ("train", "prepare") or benchmarked:
         for key, value in values.items():
@@ -232,3 +245,26 @@ def _check_prompts(values: Mapping[str, Any]) -> None:
         listed = prompts if isinstance(prompts, list) else [prompts]
         if not listed or not all(str(prompt).strip() for prompt in listed):
             raise UserError(f"{key} is empty; type what the picture shows, such as {key}='a photo of a sks dog'")
+
+
+def _check_subjects(values: Mapping[str, Any]) -> None:
+    """Each one a mapping of the keys of ``SUBJECT``, none of them empty, and no instance prompt that another has."""
+    if values["model.data.subjects"] == []:
+        raise UserError("model.data.subjects is empty; list them as the card model/data=pocket_two does")
+    prompts: list[str] = []
+    for number, entry in enumerate(values["model.data.subjects"] or ()):
+        place = f"model.data.subjects[{number}]"
+        if not isinstance(entry, Mapping):
+            raise UserError(f"{place}={entry}: must hold the keys {', '.join(SUBJECT)}")
+        for key in entry:
+            if key not in SUBJECT:
+                raise UserError(f"{place}.{key}: there is no such key{nearest(str(key), SUBJECT)}")
+        needed = SUBJECT[: 3 if values["model.with_prior_preservation"] else 2]
+        for key in needed:
+            if not str(entry.get(key) or "").strip():
+                raise UserError(f"{place}.{key} is not set; each subject names {', '.join(needed)}")
+        if entry["instance_prompt"] in prompts:
+            raise UserError(
+                f"{place}.instance_prompt='{entry['instance_prompt']}' is another's; type another rare word"
+            )
+        prompts.append(entry["instance_prompt"])

@@ -8,8 +8,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from dreambooth import compose, train
 from dreambooth.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
-from dreambooth.data.pairs import Role, Stream
+from dreambooth.data.pairs import Bucket, Role, Stream
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.module import DreamBoothModule
 from dreambooth.objective import Diffusion
@@ -64,10 +65,10 @@ class Latents(pl.LightningDataModule):
             paths = sorted(self.photos.iterdir()) if self.photos else paths
             known = None if self.photos else [[one] for one in moments]
             with torch.no_grad():
-                cond = None if self.text else self.family.encode_prompts([PROMPTS[name]])
-            roles.append(Role(name, PROMPTS[name], paths, known, cond))
-        how: dict[str, Any] = {"resolution": 32, "center_crop": True, "random_flip": False}
-        return Stream(roles, micro_batch_size=self.size, seed=self.seed, **how, **place)
+                conds = None if self.text else {PROMPTS[name]: self.family.encode_prompts([PROMPTS[name]])}
+            roles.append(Role(name, [PROMPTS[name]] * len(paths), paths, known, conds))
+        how: dict[str, Any] = {"center_crop": True, "random_flip": False}
+        return Stream([Bucket(32, [roles])], micro_batch_size=self.size, seed=self.seed, **how, **place)
 
 
 def module_of(
@@ -120,3 +121,10 @@ def run(
     data = Latents(module.family, size, module.seed, prior, text, poison, photos)
     trainer_.fit(module, datamodule=data, ckpt_path=resume)
     return trainer_, rows
+
+
+def trained(steps: int, *settings: str) -> dict[str, torch.Tensor]:
+    """The state of what learned after so many steps, begun or gone on with, and nothing else beside the checkpoint."""
+    less = [f"callbacks.{name}=null" for name in ("sample_grid", "evaluate", "export", "report")]
+    done = train(compose([*settings, *less, f"trainer.max_steps={steps}"]))
+    return torch.load(done.folder / f"checkpoints/step_{steps:06d}.ckpt", weights_only=True)["state_dict"]

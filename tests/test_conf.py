@@ -20,6 +20,8 @@ CARDS = sorted(
 )
 EXPERIMENTS = [card for group, card in CARDS if group == "experiment"]
 PHOTOS = "model.data.instance_dir=photos"
+SUBJECT = "{instance_dir: photos, instance_prompt: a photo of a sks dog, regularization_prompt: a photo of a dog}"
+NEEDED = {"subjects": [f"model.data.subjects=[{SUBJECT}]"]}
 
 
 def composed(*overrides: str) -> dict:
@@ -47,7 +49,7 @@ def unbound(node: dict, given: int = 0) -> str:
 
 @pytest.mark.parametrize(("group", "card"), CARDS, ids=["=".join(card) for card in CARDS])
 def test_every_card_composes_and_binds(group, card):
-    cfg = composed(f"{group}={card}", PHOTOS)
+    cfg = composed(f"{group}={card}", *NEEDED.get(card, [PHOTOS]))
     problems = {path: unbound(node) for path, node in targets(cfg)}
     assert not {path: problem for path, problem in problems.items() if problem}
 

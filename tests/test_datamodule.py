@@ -141,7 +141,7 @@ def test_variants_hold_the_crops_and_flips(tiny: StableDiffusion, photos: Path) 
     crops = {"with_prior_preservation": False, "center_crop": False, "cached_variants": 3}
     module = ready(tiny, photos, **crops)
     assert made(module) == (0, 15)
-    (role,) = module.ready
+    ((role,),) = module.ready[0].subjects
     assert [len(variants) for variants in role.moments] == [3] * 5
     assert not torch.equal(role.moments[3][0], role.moments[3][1])
     assert made(ready(tiny, photos, **crops)) == (0, 0)

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from dreambooth import sampling
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.families.sd import StableDiffusion
@@ -151,12 +152,19 @@ def test_plain_files_are_preferred_and_a_named_variant_obeyed(tiny_sd, tmp_path)
     assert StableDiffusion(str(folder), variant="fp16").fingerprint() != plain
 
 
-def test_long_prompts_are_cut_with_a_warning(tiny_sd, caplog):
+@pytest.mark.parametrize("where", ["training", "drawing"])
+def test_a_prompt_that_is_cut_says_once_what_was_lost(tiny_sd, caplog, where):
+    """The window of 32 holds 30 tokens beside its marks; here a letter is a token, but for "photo" and "dog"."""
     family = StableDiffusion(str(tiny_sd))
-    family.encode_prompts(["x" * 100, "a dog"])
-    family.encode_prompts(["x" * 100])
-    assert [record.message.split("'")[0] for record in caplog.records] == [
-        "The model reads 32 of the 102 tokens of the prompt "
+    fits, long = where[0] * 30, f"a photo of a {where[0] * 26} dog on the moon"
+    for _ in range(2):
+        if where == "training":
+            family.encode_prompts([fits, long, long])
+        else:
+            asked = {"steps": 1, "guidance": 3.0, "sampler_type": "DDIM", "resolution": 32}
+            sampling.draw(family.to_pipeline(), [long] * 2, [1, 2], negative_prompt=long, **asked)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The model reads 32 tokens of a prompt; not read: 'dog on the moon', the end of '{long}'"
     ]
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dreambooth.data.pairs import Role, Stream, picture_at
+from dreambooth.data.pairs import Bucket, Role, Stream, picture_at
 from dreambooth.data.views import View, draw_view, pixels
 from dreambooth.noise import generator
 
@@ -21,15 +21,16 @@ def role(name: str, count: int, variants: int = 3) -> Role:
     base = 100 if name == "regularization" else 0
     moments = [[torch.full((2, 1, 1), base + n + v / 10) for v in range(variants)] for n in range(count)]
     paths = [Path(f"{name}/{number}.png") for number in range(count)]
-    return Role(name, f"a {name}", paths, moments, {"embeds": torch.full((1, 3), base)})
+    prompt, embeds = f"a {name}", {"embeds": torch.full((1, 3), base)}
+    return Role(name, [prompt] * count, paths, moments, {prompt: embeds})
 
 
 ROLES = [role("instance", 5), role("regularization", 7)]
 
 
-def stream(roles: list[Role] = ROLES, **more: Any) -> Stream:
-    given = {"micro_batch_size": B, "seed": 1, "resolution": 8, "center_crop": False, "random_flip": True, **more}
-    return Stream(roles, **given)
+def stream(*subjects: list[Role], **more: Any) -> Stream:
+    given = {"micro_batch_size": B, "seed": 1, "center_crop": False, "random_flip": True, **more}
+    return Stream([Bucket(8, list(subjects or [ROLES]))], **given)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -91,13 +92,13 @@ def test_variants_and_fresh_crops_are_functions_of_the_step_and_all_occur(photos
     }
     assert seen == {0.0, 0.1, 0.2}
     files = sorted(photos.iterdir())
-    online = stream([Role("instance", "p", files, None, None)])
+    online = stream([Role("instance", ["p"] * len(files), files, None, None)])
     first, again = online.batch(7, 0), online.batch(7, 0)
     assert first["pixels"].shape == (B, 3, 8, 8)
     assert same(first, again)
     assert "cond" not in first
     assert "moments" not in first
-    one = stream([Role("instance", "p", files[3:4], None, None)])
+    one = stream([Role("instance", ["p"], files[3:4], None, None)])
     assert len({float(one.batch(step, 0)["pixels"][0].double().sum()) for step in range(20)}) > 5
 
 

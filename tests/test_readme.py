@@ -12,12 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    pages = README + (ROOT / "docs" / "data.md").read_text()
+    lines = "".join(blocks("bash", pages)).replace("\\\n", " ").splitlines()
     typed = [shlex.split(line, comments=True) for line in lines if "launch.py" in line]
     return [sweepless(command) if "-m" in command else command for command in typed]
 

@@ -182,6 +182,7 @@ def test_a_batch_is_as_that_of_folders(tmp_path: Path, photos: Path) -> None:
 
 
 @pytest.mark.filterwarnings(FORK_WARNING)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more readers than cores
 @pytest.mark.parametrize(("sizes", "workers"), [([3, 2, 4], 0), ([3, 2, 4], 2), ([5], 3)])
 def test_a_resumed_stream_goes_on_at_the_same_picture(tmp_path: Path, sizes: list[int], workers: int) -> None:
     roles = [shard_role("instance", write_shards(tmp_path, sizes))]

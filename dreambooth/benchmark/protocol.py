@@ -37,6 +37,7 @@ class Task:
         """
         noun = self.noun if how.noun is None else how.noun
         data = {
+            "subjects": None,
             "instance_dir": str(self.photos if how.num_photos is None else folder / PHOTOS),
             "instance_prompt": f"a photo of a {identifier} {noun}".strip(),
             "regularization_prompt": f"a photo of a {noun or self.noun}",

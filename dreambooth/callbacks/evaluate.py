@@ -59,9 +59,9 @@ class Evaluate(pl.Callback):
         counts = {"num_images_per_prompt": num_images_per_prompt, "num_class_images": num_class_images, "seed": seed}
         self.curve = {**self.final, **counts}
         self.every, self.resolution = every_n_train_steps, cfg.model.data.resolution
-        self.subject, self.suite = measure.Subject.of(cfg), build(cfg.metrics)
-        measure.wanted(self.final)  # no prompt is an error now, not after the training
-        photos = self.suite.summary(measure.score_photos(self.suite, self.subject))
+        self.subjects, self.suite = measure.Subject.all_of(cfg), build(cfg.metrics)
+        measure.wanted(self.final, self.subjects)  # no prompt is an error now, not after the training
+        photos = self.suite.summary(measure.score_photos(self.suite, self.subjects))
         self.tradeoff = Tradeoff(photos["dino"], drift_weight, patience, max_drift, target)
         self.seconds = 0.0
 
@@ -108,10 +108,10 @@ class Evaluate(pl.Callback):
         means = dict.fromkeys(COLUMNS[1:-1])
         if trainer.is_global_zero:
             with self._at_work(trainer, pl_module):
-                pictures = describe(measure.wanted(self.curve), self.curve, "", "", self.resolution)
-                rows = measure.picture_rows(Path("curve"), pictures)
+                pictures = describe(measure.wanted(self.curve, self.subjects), self.curve, "", "", self.resolution)
+                rows = measure.picture_rows(Path("curve"), pictures, self.subjects)
                 means = self.suite.summary(
-                    measure.score(self.suite, rows, self._draw(pl_module, pictures), self.subject)
+                    measure.score(self.suite, rows, self._draw(pl_module, pictures), self.subjects)
                 )
         row = self.tradeoff.add(step, trainer.strategy.broadcast(means))
         if trainer.is_global_zero:
@@ -132,9 +132,8 @@ class Evaluate(pl.Callback):
             return
         with self._at_work(trainer, pl_module):
             family = pl_module.family
-            pictures = describe(
-                measure.wanted(self.final), self.final, "", family.fingerprint(fresh=True), self.resolution
-            )
+            asked = measure.wanted(self.final, self.subjects)
+            pictures = describe(asked, self.final, "", family.fingerprint(fresh=True), self.resolution)
             folder = Path(trainer.default_root_dir) / FOLDER / name
             while (stale := foreign_picture(folder, pictures)) is not None:
                 stale.unlink()  # of the same run when its goal was nearer
@@ -143,11 +142,11 @@ class Evaluate(pl.Callback):
 
     def _write(self, folder: Path, best: int, goal: int) -> None:
         began = time.perf_counter()
-        rows = measure.score_photos(self.suite, self.subject)
-        pictures = describe(measure.wanted(self.final), self.final, "", "", self.resolution)
+        rows = measure.score_photos(self.suite, self.subjects)
+        pictures = describe(measure.wanted(self.final, self.subjects), self.final, "", "", self.resolution)
         for name in ("before", "after"):
-            part = measure.picture_rows(folder / name, pictures)
-            rows += measure.score(self.suite, part, measure.open_all(folder, part), self.subject)
+            part = measure.picture_rows(folder / name, pictures, self.subjects)
+            rows += measure.score(self.suite, part, measure.open_all(folder, part), self.subjects)
         stopped = self.tradeoff.verdict() if self._measured() != goal else None
         write(folder, self.suite, rows, best_step=best, stopped=stopped)
         self.seconds += time.perf_counter() - began

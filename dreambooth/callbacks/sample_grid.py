@@ -8,10 +8,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 
 from dreambooth.callbacks.loggers import show
 from dreambooth.data.progress import progress_bar
+from dreambooth.data.sources import prompts_of_each
 from dreambooth.families.base import Family
 from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
@@ -22,11 +24,13 @@ class SampleGrid(pl.Callback):
     """Draw ``samples/step_000000.png`` before training, one every ``every_n_train_steps`` (null: none), one at the end.
 
     In float32, with the averaged weights where they are kept; a grid that exists is not drawn again. Only the first
-    rank draws, while the others wait in their next step. ``seconds`` is the time spent here in this process.
+    rank draws, while the others wait in their next step. Of several subjects each has the first one's prompts, in
+    its own words. ``seconds`` is the time spent here in this process.
     """
 
     def __init__(
         self,
+        cfg: DictConfig,
         prompts: list[str],
         every_n_train_steps: int | None,
         num_images_per_prompt: int,
@@ -37,7 +41,8 @@ class SampleGrid(pl.Callback):
         resolution: int,
         guidance_rescale: float = 0.0,
     ) -> None:
-        self.prompts, self.every, self.count = list(prompts), every_n_train_steps, num_images_per_prompt
+        self.prompts = prompts_of_each(prompts, cfg.model.data.get("subjects"))
+        self.every, self.count = every_n_train_steps, num_images_per_prompt
         self.seed, self.steps, self.guidance = seed, inference_steps, unconditional_guidance_scale
         self.guidance_rescale, self.sampler_type, self.resolution = guidance_rescale, sampler_type, resolution
         self.seconds = 0.0

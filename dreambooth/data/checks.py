@@ -16,6 +16,17 @@ def resolution(value: int, factor: int) -> None:
         )
 
 
+def bucket(resolution: int, multiple: int) -> None:
+    """Raise UserError unless a square of this side, of whole latent cells, is halved evenly by every network."""
+    if resolution % multiple:
+        below = resolution - resolution % multiple
+        sizes = " or ".join(f"model.data.resolution={size}" for size in (below, below + multiple) if size)
+        raise UserError(
+            f"model.data.buckets=true: model.data.resolution={resolution} is not a multiple of {multiple}, as the "
+            f"sides of a bucket are for this model; type {sizes}"
+        )
+
+
 def apart(folder: Path, other: Path, key: str) -> None:
     """Raise UserError when two folders are one."""
     if folder.resolve() == other.resolve():

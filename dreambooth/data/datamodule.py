@@ -1,39 +1,39 @@
-"""The pictures of one subject and of its class, ready for training: checked, drawn, encoded, in order."""
+"""The pictures of subjects and of their classes, ready for training: checked, drawn, encoded, in order."""
 
 import logging
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from diffusers import DiffusionPipeline
 from pytorch_lightning.strategies import Strategy
+from torch import ones_like
 from torch.utils.data import DataLoader, IterableDataset
 
-from dreambooth.data import checks, regularization
+from dreambooth.data import checks
+from dreambooth.data.annotations import Annotations
+from dreambooth.data.buckets import bucket_shapes, pools
+from dreambooth.data.classes import Drawing
 from dreambooth.data.encoder import Encoder
-from dreambooth.data.pairs import Role, Stream
-from dreambooth.data.views import View, draw_view
+from dreambooth.data.pairs import Bucket, Role, Stream
+from dreambooth.data.sources import INSTANCE, REGULARIZATION, Source, class_prompts, sources_of
+from dreambooth.data.views import Shape, View, draw_view
 from dreambooth.families.base import Family
-from dreambooth.files import list_pictures
+from dreambooth.files import file_hash
 from dreambooth.noise import generator
 
 log = logging.getLogger(__name__)
 
-INSTANCE, REGULARIZATION = "instance", "regularization"
-FOLDER_KEYS = {INSTANCE: "model.data.instance_dir", REGULARIZATION: regularization.KEY}
-CACHE_KEYS = {INSTANCE: "model.data.cached_instance_dir", REGULARIZATION: "model.data.cached_reg_dir"}
-
 
 class DreamBoothDataModule(pl.LightningDataModule):
-    """Instance and regularization pictures as an endless stream of micro-batches (see ``pairs.Stream``).
+    """Pictures of one subject or several, and of their classes, as an endless stream of batches (``pairs.Stream``).
 
     ``check`` finds what a user can have got wrong. ``setup`` does it first, then draws the missing regularization
     pictures, encodes pictures and prompts, and moves the networks that do not learn to the CPU. All ranks share the
     work, on a common file system. ``counts`` says afterwards how many pictures there are, what was made, and how long
-    it took. With ``prior`` "teacher" the class has no pictures: its prompt goes with those of the instance, and its
-    folder is neither read nor filled.
+    it took.
     """
 
     def __init__(
@@ -54,6 +54,14 @@ class DreamBoothDataModule(pl.LightningDataModule):
         cached_reg_dir: str | None = None,
         cached_variants: int = 1,
         train_data_repeats: int = 1,
+        captions: str | None = None,
+        caption_template: str = "{caption}",
+        caption_dropout: float = 0.0,
+        masks: str | None = None,
+        mask_floor: float = 0.1,
+        subjects: list[dict[str, Any]] | None = None,
+        buckets: bool = False,
+        bucket_ratio: float = 2.0,
         use_cached_latents: bool = True,
         with_prior_preservation: bool = True,
         train_text_encoder: bool = False,
@@ -63,63 +71,109 @@ class DreamBoothDataModule(pl.LightningDataModule):
         prior: str = "images",
     ) -> None:
         super().__init__()
-        self.family, self.restore_from_path, self.sampler, self.seed = family, restore_from_path, dict(sampler), seed
-        self.prompts = {INSTANCE: instance_prompt, REGULARIZATION: regularization_prompt or ""}
-        folders = {INSTANCE: instance_dir, REGULARIZATION: regularization_dir or ""}
-        caches = {INSTANCE: cached_instance_dir, REGULARIZATION: cached_reg_dir}
-        self.folders = {role: Path(folder).expanduser() for role, folder in folders.items()}
-        self.caches = {role: Path(caches[role] or f"{folders[role]}_cached").expanduser() for role in folders}
-        self.roles = (INSTANCE, REGULARIZATION) if with_prior_preservation else (INSTANCE,)
-        self.sources = {role: INSTANCE if prior == "teacher" else role for role in self.roles}  # of the pictures
-        self.num_reg_images, self.num_images_per_prompt = num_reg_images, num_images_per_prompt
+        self.family, self.seed = family, seed
+        drawing = (dict(sampler), resolution, seed, num_reg_images, num_images_per_prompt)
+        self.drawing = Drawing(family, restore_from_path, *drawing)
+        folders = {
+            "subjects": subjects,
+            "instance_dir": instance_dir,
+            "instance_prompt": instance_prompt,
+            "regularization_dir": regularization_dir or "",
+            "regularization_prompt": regularization_prompt,
+            "cached_instance_dir": cached_instance_dir,
+            "cached_reg_dir": cached_reg_dir,
+        }
+        self.subjects = sources_of(folders, with_prior_preservation and prior == "images")
+        # With a teacher the class has no pictures of its own: its prompt, on the photos.
+        self.taught = class_prompts(folders) if with_prior_preservation and prior == "teacher" else []
+        self.instances, self.classes = (
+            list(dict.fromkeys(subject[half] for subject in self.subjects if half < len(subject))) for half in (0, 1)
+        )
+        self.beside, self.caption_dropout = Annotations(captions, caption_template, masks, mask_floor), caption_dropout
+        self.shapes: list[Shape] = bucket_shapes(resolution, family.multiple, bucket_ratio) if buckets else [resolution]
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
         self.num_workers, self.micro_batch_size = num_workers, micro_batch_size
         self.cached_variants, self.train_data_repeats = cached_variants, train_data_repeats
         self.use_cached_latents, self.train_text_encoder = use_cached_latents, train_text_encoder
         self.counts: dict[str, Any] = {}
-        self.ready: list[Role] = []
+        self.ready: list[Bucket] = []
 
     def check(self) -> None:
         """Look for every mistake in folders and sizes, without drawing or encoding; UserError names the first one."""
         checks.resolution(self.resolution, self.family.factor)
-        for role in dict.fromkeys(self.sources.values()):
-            self.check_role(role)
-        for role in dict.fromkeys(self.sources.values()) if self.use_cached_latents else ():
-            checks.writable(self.caches[role], CACHE_KEYS[role])
+        if self.resolution not in self.shapes:
+            checks.bucket(self.resolution, self.family.multiple)
+        for source in (*self.instances, *self.classes):
+            self.check_source(source)
+        for source in (*self.instances, *self.classes) if self.use_cached_latents else ():
+            checks.writable(source.cache, source.cache_key)
 
-    def check_role(self, role: str) -> None:
-        """Look for every mistake in a role's pictures."""
-        if role == INSTANCE:
-            list_pictures(self.folders[INSTANCE], FOLDER_KEYS[INSTANCE])
+    def check_source(self, source: Source) -> None:
+        """Look for every mistake in a folder of pictures."""
+        if source.role == INSTANCE:
+            self.beside.check(source, self.family.factor)
             return
-        checks.apart(self.folders[REGULARIZATION], self.folders[INSTANCE], regularization.KEY)
-        checks.writable(self.folders[REGULARIZATION], regularization.KEY)
-        regularization.inspect(self.folders[REGULARIZATION], self.settings())
+        for instance in self.instances:
+            checks.apart(source.folder, instance.folder, source.key)
+        checks.writable(source.folder, source.key)
+        self.drawing.inspect(source)
 
     def setup(self, stage: str | None = None) -> None:
         """Fill the regularization folder and the caches, together with the other ranks, then free the device."""
         self.check()
         start = time.perf_counter()
-        drawn = self.draw_missing() if REGULARIZATION in self.sources.values() else 0
+        device = self.strategy.root_device
+        with self.strategy.precision_plugin.forward_context():
+            drawn = self.drawing.fill(self.classes, device, self.shared)
         filled = time.perf_counter()
-        caches = {role: (self.caches[role], CACHE_KEYS[role]) for role in self.roles if self.use_cached_latents}
-        encoder = Encoder(self.family, self.strategy.root_device, self.resolution, caches, self.shared)
-        self.ready, encoded = [], 0
-        for role, source in self.sources.items():
-            paths = list_pictures(self.folders[source], FOLDER_KEYS[source], known=(regularization.MANIFEST,))
-            moments, made = encoder.pictures(source, paths, self.views) if self.use_cached_latents else (None, 0)
-            cond = None if self.train_text_encoder else encoder.prompt(source, self.prompts[role])
-            self.ready.append(Role(role, self.prompts[role], paths, moments, cond))
-            encoded += made
+        encoder = Encoder(self.family, device, self.use_cached_latents, self.shared)
+        found = {source: self.beside.described(source) for source in (*self.instances, *self.classes)}
+        photos = [path for source in self.instances for path in found[source]]
+        self.ready = [self.bucket(shape, pool, found, encoder) for shape, pool in pools(photos, self.shapes).items()]
         self.settle()
         self.counts = {
-            "num_instance": len(self.ready[0].paths),
-            "num_regularization": sum(len(role.paths) for role in self.ready if self.sources[role.name] != INSTANCE),
+            "num_instance": sum(len(found[source]) for source in self.instances),
+            "num_regularization": sum(len(found[source]) for source in self.classes),
             "regularization_generated": drawn,
-            "latents_encoded": encoded,
+            "latents_encoded": encoder.made,
             "seconds": {"prepare_regularization": filled - start, "cache_latents": time.perf_counter() - filled},
         }
-        self.report()
+        self.report(encoder.found)
+
+    def bucket(self, shape: Shape, pool: list[Path], found: dict[Source, dict[Path, str]], encoder: Encoder) -> Bucket:
+        """What is learned from in one shape: the photos of its pool, and all pictures of their classes.
+
+        Of a subject that has no photo in the pool it is all, so that subjects still take turns.
+        """
+        roles = {}
+        for source, prompts in found.items():
+            own = {path: prompts[path] for path in pool if path in prompts}
+            roles[source] = self.role(source, shape, own or prompts, encoder)
+        subjects = [[roles[source] for source in subject] for subject in self.subjects]
+        for number, prompt in enumerate(self.taught):
+            source = self.subjects[number][0]
+            subjects[number].append(self.taught_role(source, roles[source], prompt, encoder))
+        return Bucket(shape, subjects, len(pool))
+
+    def taught_role(self, source: Source, own: Role, prompt: str, encoder: Encoder) -> Role:
+        """The class as a teacher shows it: the photos, under its prompt, all of their cells alike."""
+        name = source.name.replace(INSTANCE, REGULARIZATION)
+        conds = None if own.conds is None else encoder.prompts(source, [prompt, *[""] * bool(self.caption_dropout)])
+        weights = own.weights and [[ones_like(weight) for weight in variants] for variants in own.weights]
+        masks = own.masks and replace(own.masks, kind=None)
+        return replace(own, name=name, prompts=[prompt] * len(own.paths), conds=conds, weights=weights, masks=masks)
+
+    def role(self, source: Source, shape: Shape, prompts: dict[Path, str], encoder: Encoder) -> Role:
+        """Pictures of a source, with the prompt of each, in one shape; with what the networks say of them."""
+        paths, masks = list(prompts), self.beside.masks_of(source, self.family.factor)
+        moments = encoder.pictures(source, paths, self.views, shape) if self.use_cached_latents else None
+        weights, conds = None, None
+        if masks and self.use_cached_latents:
+            weights = [[masks.weight(path, view, shape) for view in self.views(file_hash(path))] for path in paths]
+        if not self.train_text_encoder:
+            empty = [""] if self.caption_dropout else []
+            conds = encoder.prompts(source, [*prompts.values(), *empty])
+        return Role(source.name, list(prompts.values()), paths, moments, conds, weights, masks)
 
     def train_dataloader(self) -> DataLoader:
         """The endless stream from the trainer's step on; it has no length, so Lightning keeps no place in it."""
@@ -134,11 +188,11 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def stream(self) -> IterableDataset:
         """The micro-batches of this rank."""
-        return Stream(self.ready, **self.division)
+        return Stream(self.ready, caption_dropout=self.caption_dropout, **self.division)
 
     @property
     def division(self) -> dict[str, Any]:
-        """How ``Stream`` divides the pictures over steps and ranks, and looks at them."""
+        """How a stream divides the pictures over steps and ranks, and looks at them."""
         assert self.trainer is not None
         return {
             "micro_batch_size": self.micro_batch_size,
@@ -147,7 +201,6 @@ class DreamBoothDataModule(pl.LightningDataModule):
             "world": self.trainer.world_size,
             "accumulate": self.trainer.accumulate_grad_batches,
             "first_step": self.trainer.global_step,
-            "resolution": self.resolution,
             "center_crop": self.center_crop,
             "random_flip": self.random_flip,
         }
@@ -155,7 +208,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
     @property
     def epoch_size(self) -> int:
         """How many photos an epoch counts: each one ``train_data_repeats`` times."""
-        return self.train_data_repeats * len(list_pictures(self.folders[INSTANCE], FOLDER_KEYS[INSTANCE]))
+        return self.train_data_repeats * sum(len(self.beside.pictures(source)) for source in self.instances)
 
     @property
     def strategy(self) -> Strategy:
@@ -173,39 +226,6 @@ class DreamBoothDataModule(pl.LightningDataModule):
             "barrier": self.trainer.strategy.barrier,
         }
 
-    def settings(self) -> dict[str, Any]:
-        """What the regularization pictures depend on, as their manifest holds it."""
-        return {
-            "base": self.family.fingerprint() if self.draws_itself else str(self.restore_from_path),
-            "prompt": self.prompts[REGULARIZATION],
-            **self.sampler,
-            "resolution": self.resolution,
-            "seed": self.seed,
-            "num_images_per_prompt": self.num_images_per_prompt,
-        }
-
-    @property
-    def draws_itself(self) -> bool:
-        """Whether the family, still untouched, draws the regularization pictures."""
-        return self.restore_from_path in (None, self.family.source)
-
-    def draw_missing(self) -> int:
-        """Draw the missing regularization pictures in the trainer's precision; how many all ranks drew."""
-        with self.strategy.precision_plugin.forward_context():
-            return regularization.fill(
-                self.drawing_pipeline,
-                self.folders[REGULARIZATION],
-                self.num_reg_images,
-                self.settings(),
-                **self.shared,
-            )
-
-    def drawing_pipeline(self) -> DiffusionPipeline:
-        """The family, or the model that ``restore_from_path`` names, on the device."""
-        family = self.family if self.draws_itself else type(self.family)(self.restore_from_path)  # type: ignore
-        family.move(self.strategy.root_device)
-        return family.to_pipeline()
-
     def views(self, content: str) -> list[View]:
         """The cached crops and flips of a picture, drawn from the seed and the hash of its bytes."""
         random = self.random_flip or not self.center_crop
@@ -222,12 +242,10 @@ class DreamBoothDataModule(pl.LightningDataModule):
             elif not any(weight.requires_grad for weight in network.parameters()):
                 self.family.move("cpu", name)
 
-    def report(self) -> None:
+    def report(self, latents: int = 0) -> None:
         """Say in one line what was found and what was made."""
         counts = self.counts
-        own = [role for role in self.ready if self.sources[role.name] == role.name]
-        latents = sum(len(variants) for role in own for variants in role.moments or [])
-        found = [f"{counts['num_regularization']} regularization pictures"] * (len(own) > 1)
+        found = [f"{counts['num_regularization']} regularization pictures"] * bool(self.classes)
         found += [f"{latents} latents"] * self.use_cached_latents
         drawn, encoded = counts["regularization_generated"], counts["latents_encoded"]
         made = [f"{drawn} pictures drawn"] * (drawn > 0) + [f"{encoded} latents encoded"] * (encoded > 0)

@@ -1,6 +1,6 @@
 """What the frozen networks say of pictures and prompts, one at a time, from the cache where there is one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,34 +9,34 @@ import torch
 from torch import Tensor
 
 from dreambooth.data.latents import Entry, Item, gather, moments_key, prompt_key
-from dreambooth.data.views import View, pixels
+from dreambooth.data.sources import Source
+from dreambooth.data.views import Shape, View, pixels
 from dreambooth.families.base import Family
 from dreambooth.files import file_hash
 
 
 class Encoder:
-    """Encodes for each role into its cache; networks come to ``device`` when something is missing.
+    """Encodes the pictures and prompts of a source; networks come to ``device`` when something is missing.
 
-    ``caches`` has a folder and its config key for each role, or nothing when nothing is stored; ``shared`` is how the
-    ranks share the work (``latents.gather``).
+    ``store`` says whether into the source's cache; ``shared`` is how the ranks share the work (``latents.gather``).
+    ``found`` counts the latents that were asked for, ``made`` those of them that had to be encoded.
     """
 
     def __init__(
         self,
         family: Family,
         device: torch.device,
-        resolution: int,
-        caches: dict[str, tuple[Path, str]],
+        store: bool,
         shared: dict[str, Any],
     ) -> None:
-        self.family, self.device, self.resolution = family, device, resolution
-        self.caches, self.shared = caches, shared
+        self.family, self.device, self.store, self.shared = family, device, store, shared
+        self.found = self.made = 0
         self.readers = [name for name in family.networks if name.startswith("text_encoder")]
 
     def pictures(
-        self, role: str, paths: list[Path], views: Callable[[str], list[View]]
-    ) -> tuple[list[list[Tensor]], int]:
-        """The moments (2C, h, w) of each picture's views, and how many had to be made.
+        self, source: Source, paths: list[Path], views: Callable[[str], list[View]], shape: Shape
+    ) -> list[list[Tensor]]:
+        """The moments (2C, h, w) of each picture's views in one shape.
 
         ``views`` gives as many for every picture, from the hash of its bytes.
         """
@@ -45,27 +45,34 @@ class Encoder:
         for path in paths:
             content = file_hash(path)
             for view in views(content):
-                key = moments_key(content, view, self.resolution, vae)
-                items.append(Item(*self.caches[role], key, partial(self.moments, path, view)))
-        entries, made = gather(items, f"encoding {role} pictures", "latent", **self.shared)
+                key = moments_key(content, view, shape, vae)
+                items.append(Item(source.cache, source.cache_key, key, partial(self.moments, path, view, shape)))
+        entries, made = gather(items, f"encoding {source.role} pictures", "latent", **self.shared)
         moments = [entry["moments"] for entry in entries]
         each = len(items) // len(paths)
-        return [moments[first : first + each] for first in range(0, len(moments), each)], made
+        self.found, self.made = self.found + len(items), self.made + made
+        return [moments[first : first + each] for first in range(0, len(moments), each)]
 
-    def moments(self, path: Path, view: View) -> Entry:
+    def moments(self, path: Path, view: View, shape: Shape) -> Entry:
         """Encode one picture, alone: the bits of a result depend on the size of its batch."""
         self.family.move(self.device, "vae")
         with torch.no_grad():
-            square = pixels(path, view, self.resolution).to(self.device)
-            return {"moments": self.family.encode_pictures(square[None])[0]}
+            seen = pixels(path, view, shape).to(self.device)
+            return {"moments": self.family.encode_pictures(seen[None])[0]}
 
-    def prompt(self, role: str, text: str) -> Entry:
-        """The embeddings (1, ...) of a prompt."""
-        if role not in self.caches:
-            return self.embeddings(text)
-        key = prompt_key(self.family.tokens([text]).tolist(), self.family.fingerprint(*self.readers))
-        item = Item(*self.caches[role], key, partial(self.embeddings, text))
-        return gather([item], f"encoding the {role} prompt", "prompt", **self.shared)[0][0]
+    def prompts(self, source: Source, texts: Iterable[str]) -> dict[str, Entry]:
+        """The embeddings (1, ...) of each distinct prompt."""
+        distinct = list(dict.fromkeys(texts))
+        if not self.store:
+            return {text: self.embeddings(text) for text in distinct}
+        reader = self.family.fingerprint(*self.readers)
+        keys = [prompt_key(self.family.tokens([text]).tolist(), reader) for text in distinct]
+        items = [
+            Item(source.cache, source.cache_key, key, partial(self.embeddings, text))
+            for key, text in zip(keys, distinct, strict=True)
+        ]
+        entries, _ = gather(items, f"encoding {source.role} prompts", "prompt", **self.shared)
+        return dict(zip(distinct, entries, strict=True))
 
     def embeddings(self, text: str) -> Entry:
         """Read one prompt, alone."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dreambooth.data.progress import progress_bar
-from dreambooth.data.views import View
+from dreambooth.data.views import Shape, View
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, content_key, hash_tensors, sweep
 
@@ -59,9 +59,9 @@ class Item:
             raise UserError(f"{error}: {self.config_key}=...") from error
 
 
-def moments_key(picture_hash: str, view: View, resolution: int, vae: str) -> str:
+def moments_key(picture_hash: str, view: View, shape: Shape, vae: str) -> str:
     """The name of a picture's cached moments; ``vae`` is the fingerprint of the network that encodes it."""
-    return content_key("moments", FORMAT, picture_hash, view.crop, view.flip, resolution, vae, "float32")
+    return content_key("moments", FORMAT, picture_hash, view.crop, view.flip, shape, vae, "float32")
 
 
 def prompt_key(tokens: list[list[int]], text_encoder: str) -> str:

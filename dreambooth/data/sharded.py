@@ -4,14 +4,13 @@ import logging
 import time
 from typing import Any
 
-from dreambooth.data import regularization
-from dreambooth.data.datamodule import FOLDER_KEYS, INSTANCE, REGULARIZATION, DreamBoothDataModule
+from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.data.encoder import Encoder
 from dreambooth.data.shards import expand, inspect, pictures
+from dreambooth.data.sources import INSTANCE, REGULARIZATION, Source
 from dreambooth.data.streaming import FolderRole, ShardRole, ShardStream
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
-from dreambooth.files import list_pictures
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +37,7 @@ class ShardedDataModule(DreamBoothDataModule):
     ) -> None:
         super().__init__(family, instance_dir=instance_dir or "", use_cached_latents=False, **settings)
         given = {INSTANCE: instance_shards, REGULARIZATION: regularization_shards}
+        self.roles = {source.role: source for source in self.subjects[0]}
         self.given = {role: shards for role, shards in given.items() if shards and role in self.roles}
         self.shuffle, self.wants_cache, self.has_folder = shuffle, use_cached_latents, bool(instance_dir)
         self.shards: dict[str, list[str]] = {}
@@ -47,35 +47,45 @@ class ShardedDataModule(DreamBoothDataModule):
         """As of folders; shards are opened, and their first picture and their end looked at."""
         if not self.given:
             raise UserError(f"model/data=webdataset: no shards are named; type {KEYS[INSTANCE]}='shards/*.tar'")
-        if self.roles != tuple(self.sources.values()):
-            raise UserError(
-                "model.prior=teacher looks at each photo twice, which shards do not: type model.prior=images"
-            )
+        if self.taught:
+            raise UserError("model.prior=teacher looks twice at each photo, shards do not: type model.prior=images")
+        beside = {"subjects": len(self.subjects) > 1, "buckets": self.shapes != [self.resolution]}
+        beside |= {
+            "masks": self.beside.masks,
+            "captions": self.beside.captions,
+            "caption_dropout": self.caption_dropout,
+        }
+        for key, value in beside.items():
+            if value:
+                raise UserError(f"model.data.{key} is for folders, not for shards; take it back, or model/data=folder")
         super().check()
 
-    def check_role(self, role: str) -> None:
-        """Look for every mistake in a role's pictures."""
+    def check_source(self, source: Source) -> None:
+        """Look for every mistake in the pictures of a role."""
+        role = source.role
         if role in self.given:
             self.shards[role] = expand(self.given[role], KEYS[role])
             self.captioned |= inspect(self.shards[role], KEYS[role])
         elif role == INSTANCE and not self.has_folder:
-            raise UserError(f"neither {KEYS[role]} nor {FOLDER_KEYS[role]} is set; type one of them")
+            raise UserError(f"neither {KEYS[role]} nor {source.key} is set; type one of them")
         else:
-            super().check_role(role)
+            super().check_source(source)
 
     def setup(self, stage: str | None = None) -> None:
         """Draw what the regularization folder lacks, if it has one; encode the prompts; free the device."""
         self.check()
         start = time.perf_counter()
-        drawn = self.draw_missing() if self.roles[-1] == REGULARIZATION and REGULARIZATION not in self.given else 0
+        device, folders = self.strategy.root_device, [each for each in self.classes if each.role not in self.given]
+        with self.strategy.precision_plugin.forward_context():
+            drawn = self.drawing.fill(folders, device, self.shared)
         filled = time.perf_counter()
-        encoder = Encoder(self.family, self.strategy.root_device, self.resolution, {}, self.shared)
-        self.ready = [self.role(name, encoder) for name in self.roles]  # type: ignore[assignment]
+        encoder = Encoder(self.family, device, False, self.shared)
+        self.ready = [self.streamed(source, encoder) for source in self.roles.values()]  # type: ignore[misc]
         self.settle()
-        folders = {role.name: len(role.paths) for role in self.ready if isinstance(role, FolderRole)}
+        found = {role.name: len(role.paths) for role in self.ready if isinstance(role, FolderRole)}
         self.counts = {
-            "num_instance": folders.get(INSTANCE),
-            "num_regularization": folders.get(REGULARIZATION, None if REGULARIZATION in self.given else 0),
+            "num_instance": found.get(INSTANCE),
+            "num_regularization": found.get(REGULARIZATION, None if REGULARIZATION in self.given else 0),
             "num_shards": {name: len(shards) for name, shards in self.shards.items()},
             "regularization_generated": drawn,
             "latents_encoded": 0,
@@ -83,17 +93,17 @@ class ShardedDataModule(DreamBoothDataModule):
         }
         self.report()
 
-    def role(self, name: str, encoder: Encoder) -> FolderRole | ShardRole:
+    def streamed(self, source: Source, encoder: Encoder) -> FolderRole | ShardRole:
         """What is streamed, with the embeddings of its prompt unless every step reads prompts."""
-        cond = None if self.train_text_encoder or self.captioned else encoder.prompt(name, self.prompts[name])
-        if name in self.shards:
-            return ShardRole(name, self.prompts[name], self.shards[name], self.shuffle, cond)
-        paths = list_pictures(self.folders[name], FOLDER_KEYS[name], known=(regularization.MANIFEST,))
-        return FolderRole(name, self.prompts[name], paths, cond)
+        reads = self.train_text_encoder or self.captioned
+        cond = None if reads else encoder.prompts(source, [source.prompt])[source.prompt]
+        if source.role in self.shards:
+            return ShardRole(source.name, source.prompt, self.shards[source.role], self.shuffle, cond)
+        return FolderRole(source.name, source.prompt, self.beside.pictures(source), cond)
 
     def stream(self) -> ShardStream:
         """The micro-batches of this rank."""
-        return ShardStream(self.ready, **self.division)  # type: ignore[arg-type]
+        return ShardStream(self.ready, resolution=self.resolution, **self.division)  # type: ignore[arg-type]
 
     @property
     def epoch_size(self) -> int:
@@ -112,7 +122,7 @@ class ShardedDataModule(DreamBoothDataModule):
             if name.startswith("text_encoder"):
                 self.family.move(self.strategy.root_device, name)
 
-    def report(self) -> None:
+    def report(self, latents: int = 0) -> None:
         """Say in one line what was found."""
         found = [f"{len(shards)} {name} shard{'s' * (len(shards) > 1)}" for name, shards in self.shards.items()]
         prompts = "with captions" if self.captioned else "without captions"

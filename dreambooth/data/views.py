@@ -6,10 +6,12 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dreambooth.files import open_picture
+
+Shape = int | tuple[int, int]  # a square's side, or width and height, in pixels
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,29 @@ def draw_view(generator: torch.Generator, center_crop: bool, random_flip: bool) 
     return View((0.5, 0.5) if center_crop else (x, y), random_flip and coin < 0.5)
 
 
-def pixels(path: Path | BinaryIO, view: View, resolution: int) -> Tensor:
-    """A picture as (3, resolution, resolution) in [-1, 1].
+def sides(shape: Shape) -> tuple[int, int]:
+    """Width and height."""
+    return (shape, shape) if isinstance(shape, int) else shape
 
-    The short side is resized to ``resolution`` by PIL's bilinear filter, which antialiases, then the square is cropped,
-    as diffusers' ``train_dreambooth.py`` does.
+
+def pixels(path: Path | BinaryIO, view: View, shape: Shape) -> Tensor:
+    """A picture as (3, height, width) in [-1, 1]."""
+    values = framed(open_picture(path), view, shape)
+    return torch.from_numpy(values / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def framed(image: Image.Image, view: View, shape: Shape) -> np.ndarray:
+    """What a view shows of an image: float32 (height, width), and (…, 3) of a coloured one, in [0, 255].
+
+    The image is resized by PIL's bilinear filter, which antialiases, until it just covers the shape, and what stands
+    over is cropped, as diffusers' ``train_dreambooth.py`` does for squares.
     """
-    image = open_picture(path)
-    short = min(image.size)
-    if short != resolution:
-        size = [int(resolution * side / short) for side in image.size]
-        image = image.resize((max(size[0], resolution), max(size[1], resolution)), Image.Resampling.BILINEAR)
-    left, top = (round((side - resolution) * at) for side, at in zip(image.size, view.crop, strict=True))
-    values = np.array(image.crop((left, top, left + resolution, top + resolution)), dtype=np.float32)
-    square = torch.from_numpy(values / 127.5 - 1).permute(2, 0, 1)
-    return (square.flip(2) if view.flip else square).contiguous()
+    width, height = sides(shape)
+    narrow = image.width * height <= image.height * width
+    side, wanted = (image.width, width) if narrow else (image.height, height)
+    if side != wanted:
+        size = [int(wanted * own / side) for own in image.size]
+        image = image.resize((max(size[0], width), max(size[1], height)), Image.Resampling.BILINEAR)
+    left, top = round((image.width - width) * view.crop[0]), round((image.height - height) * view.crop[1])
+    part = image.crop((left, top, left + width, top + height))
+    return np.array(ImageOps.mirror(part) if view.flip else part, dtype=np.float32)

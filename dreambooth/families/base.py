@@ -30,6 +30,11 @@ class Family(ABC):
         self._fingerprints: dict[str, str] = {}
 
     @property
+    def multiple(self) -> int:
+        """Pixels that the sides of a picture are multiples of when all networks halve it evenly."""
+        return self.factor
+
+    @property
     @abstractmethod
     def default_resolution(self) -> int:
         """Pixels a side of the pictures that the checkpoint was made for."""

@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x and 2.x."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.families import folder as folders
 from dreambooth.families.base import Family
-
-log = logging.getLogger(__name__)
+from dreambooth.families.cuts import warn_of_cuts
 
 CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
@@ -43,7 +41,10 @@ class StableDiffusion(Family):
         self.scheduler = folders.load_scheduler(self.folder)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.window = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        self._measured: set[str] = set()
+
+    @property
+    def multiple(self) -> int:
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
     def default_resolution(self) -> int:
@@ -61,7 +62,7 @@ class StableDiffusion(Family):
     def tokens(self, prompts: list[str]) -> Tensor:
         with folders.quiet():  # as the pipeline does it: a learned word of several embeddings is as many tokens
             prompts = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), self.tokenizer)
-        self._warn_of_cuts(prompts)
+        warn_of_cuts(self.tokenizer, self.window, prompts)
         return self.tokenizer(
             prompts, padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
         ).input_ids
@@ -90,12 +91,3 @@ class StableDiffusion(Family):
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         grown = {"tokenizer": self.tokenizer} if len(self.tokenizer) > self.vocabulary else {}
         folders.export(self.folder, self.networks, self.scheduler, folder, dtype, grown)
-
-    def _warn_of_cuts(self, prompts: list[str]) -> None:
-        """Say once of a prompt that its end is not read; 2 of its tokens are the start and the end."""
-        for prompt in set(prompts) - self._measured:
-            with folders.quiet():
-                length = len(self.tokenizer.tokenize(prompt)) + 2
-            self._measured.add(prompt)
-            if length > self.window:
-                log.warning("The model reads %d of the %d tokens of the prompt '%s'", self.window, length, prompt)

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from PIL import Image
 
+from dreambooth.config import phrase
 from dreambooth.errors import UserError
-from dreambooth.files import atomic, list_pictures, open_picture
+from dreambooth.files import atomic, distinct_names, list_pictures, open_picture
 from dreambooth.generation import read_prompts
 from dreambooth.metrics.pictures import Pictures
 from dreambooth.metrics.suite import Row, Suite, class_text
@@ -19,74 +21,122 @@ SETS = ("before", "after", "real")
 
 
 class Subject:
-    """What pictures are measured against: the photographs, and which words of a prompt are the rare ones."""
+    """What pictures are measured against: the photographs, and which words of a prompt are the rare ones.
 
-    def __init__(self, photos: str | None, key: str, instance_prompt: str, class_prompt: str) -> None:
-        self.paths = list_pictures(Path(photos).expanduser(), key) if photos else []
+    ``name`` tells the subjects of one model apart; None where there is one.
+    """
+
+    def __init__(
+        self, photos: str | None, key: str, instance_prompt: str, class_prompt: str, name: str | None = None
+    ) -> None:
+        self.paths = list_pictures(Path(photos).expanduser(), key, known=None) if photos else []
         self.photos = Pictures([open_picture(path) for path in self.paths])
-        self.instance_prompt, self.class_prompt = instance_prompt, class_prompt
+        self.instance_prompt, self.class_prompt, self.name = instance_prompt, class_prompt, name
 
     @classmethod
-    def of(cls, cfg: DictConfig) -> "Subject":
-        """The subject of a config."""
+    def all_of(cls, cfg: DictConfig) -> list["Subject"]:
+        """The subjects of a config; photos or pictures that ``evaluate`` names are those of one."""
         data, own = cfg.model.data, cfg.evaluate.photos
         if own is not None or cfg.evaluate.images is not None:
-            return cls(own, "evaluate.photos", data.instance_prompt, data.regularization_prompt)
-        return cls(data.instance_dir, "model.data.instance_dir", data.instance_prompt, data.regularization_prompt)
+            return [cls(own, "evaluate.photos", data.instance_prompt, data.regularization_prompt)]
+        entries = data.get("subjects") or [data]
+        names = distinct_names([entry.instance_dir for entry in entries]) if len(entries) > 1 else [None]
+        return [
+            cls(entry.instance_dir, "model.data.instance_dir", entry.instance_prompt, entry.regularization_prompt, name)
+            for entry, name in zip(entries, names, strict=True)
+        ]
+
+    def asked(self, prompt: str, first: "Subject") -> str:
+        """A prompt of the first subject in the words of this one."""
+        for words in (str, phrase):
+            if words(first.instance_prompt) in prompt:
+                return prompt.replace(words(first.instance_prompt), words(self.instance_prompt))
+        raise UserError(
+            f"evaluate.prompts: '{prompt}' lacks '{phrase(first.instance_prompt)}', in whose place the words of the "
+            "other subjects are put; type it there"
+        )
+
+    def label(self, path: Path) -> str:
+        """What a photograph is called in scores.jsonl."""
+        return f"{self.name}/{path.name}" if self.name else path.name
 
     def text(self, prompt: str, kind: str) -> str:
         """What CLIP-T compares with: the prompt, without its rare words where ``kind`` is "class"."""
         return class_text(prompt, self.instance_prompt, self.class_prompt) if kind == "class" else prompt
 
 
-def wanted(how: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """(prompt, count) of an ``evaluate`` node: the subject's prompts, and the class prompt last."""
+def wanted(how: Mapping[str, Any], subjects: Sequence[Subject]) -> list[tuple[str, int]]:
+    """(prompt, count) of an ``evaluate`` node: of each subject its prompts, and the prompt of its class last."""
     prompts, count = read_prompts(how["prompts"], "evaluate.prompts"), how["num_images_per_prompt"]
-    return [*((prompt, count) for prompt in prompts), (how["class_prompt"], how["num_class_images"])]
+    if len(subjects) == 1:
+        return [*((prompt, count) for prompt in prompts), (how["class_prompt"], how["num_class_images"])]
+    asked = []
+    for subject in subjects:
+        asked += [(subject.asked(prompt, subjects[0]), count) for prompt in prompts]
+        asked += [(subject.class_prompt, how["num_class_images"])]
+    return asked
 
 
-def picture_rows(folder: Path, pictures: Sequence[Settings]) -> list[Row]:
-    """Where each picture lies, what it shows and for which role it counts: the last prompt is the class's."""
-    last = pictures[-1]["prompt_index"]
+def picture_rows(folder: Path, pictures: Sequence[Settings], subjects: Sequence[Subject]) -> list[Row]:
+    """Where each picture lies, what it shows and for which role it counts, as ``wanted`` puts them in order."""
+    each = (pictures[-1]["prompt_index"] + 1) // len(subjects)
     return [
         {
             "set": folder.name,
             "file": f"{folder.name}/{path.name}",
-            "role": "class" if settings["prompt_index"] == last else "subject",
+            "role": "class" if (settings["prompt_index"] + 1) % each == 0 else "subject",
             "prompt": settings["prompt"],
             "prompt_index": settings["prompt_index"],
             "picture_index": settings["picture_index"],
+            **whose(subjects[settings["prompt_index"] // each]),
         }
         for path, settings in zip(numbered_paths(folder, pictures), pictures, strict=True)
     ]
 
 
-def score(suite: Suite, rows: Sequence[Row], images: Sequence[Image.Image], subject: Subject) -> list[Row]:
-    """The rows with their scores; ``nearest`` is the file name of the photograph."""
+def whose(subject: Subject) -> Row:
+    """What a row says of its subject, where there are several."""
+    return {"subject": subject.name} if subject.name else {}
+
+
+def score(suite: Suite, rows: Sequence[Row], images: Sequence[Image.Image], subjects: Sequence[Subject]) -> list[Row]:
+    """The rows with their scores, each against its subject; ``nearest`` is the name of the photograph."""
     scored = list(rows)
-    for role in ("subject", "class"):
-        places = [place for place, row in enumerate(rows) if row["role"] == role]
+    for subject, role in product(subjects, ("subject", "class")):
+        places = [n for n, row in enumerate(rows) if row["role"] == role and row.get("subject") == subject.name]
         prompts = [str(rows[place]["prompt"]) for place in places]
         texts = [subject.text(prompt, suite.text) for prompt in prompts]
         values = suite.rows(role, Pictures([images[place] for place in places], prompts, texts), subject.photos)
         for place, value in zip(places, values, strict=True):
-            nearest = None if value["nearest"] is None else subject.paths[value["nearest"]].name
+            nearest = None if value["nearest"] is None else subject.label(subject.paths[value["nearest"]])
             scored[place] = {**rows[place], **value, "nearest": nearest}
     return scored
 
 
-def score_photos(suite: Suite, subject: Subject) -> list[Row]:
-    """A row a photograph, against the others."""
+def score_photos(suite: Suite, subjects: Sequence[Subject]) -> list[Row]:
+    """A row a photograph, against the others of its subject."""
     blank = {"set": "real", "role": "photo", "prompt": None, "prompt_index": None, "picture_index": None}
-    values = suite.real_rows(subject.photos)
-    return [{**blank, "file": path.name, **value} for path, value in zip(subject.paths, values, strict=True)]
+    return [
+        {**blank, **whose(subject), "file": subject.label(path), **value}
+        for subject in subjects
+        for path, value in zip(subject.paths, suite.real_rows(subject.photos), strict=True)
+    ]
 
 
 def metrics_of(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
-    """``metrics`` of summary.json: means by set, their intervals, and the choices that they depend on."""
+    """``metrics`` of summary.json: means by set, their intervals, and the choices that they depend on.
+
+    Of several subjects the means are over the pictures of all; ``subjects`` has those of each.
+    """
     sets = {name: [row for row in rows if row["set"] == name] for name in SETS}
+    names = list(dict.fromkeys(row["subject"] for row in rows if "subject" in row))
+    each = {
+        name: {kind: suite.summary([row for row in part if row["subject"] == name]) for kind, part in sets.items()}
+        for name in names
+    }
     return {
         **{name: suite.summary(part) for name, part in sets.items()},
+        **({"subjects": each} if names else {}),
         "intervals": {name: suite.intervals(part) for name, part in sets.items()},
         "pictures": {name: len(part) for name, part in sets.items()},
         "encoders": {name: encoder.name for name, encoder in suite.encoders.items()},
@@ -121,6 +171,11 @@ def table(metrics: Mapping[str, Any]) -> str:
         low_high = metrics["intervals"]["after"][name]
         spread = f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else "-"
         lines.append(f"{name:8}{cells[0]:>9}{cells[1]:>9}{spread:>19}{cells[2]:>9}")
+    for subject, means in metrics.get("subjects", {}).items():
+        lines.append(subject)
+        for name in means["before"]:
+            cells = [_cell(means[kind][name]) for kind in SETS]
+            lines.append(f"  {name:6}{cells[0]:>9}{cells[1]:>9}{'':19}{cells[2]:>9}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from dreambooth.errors import UserError
-from dreambooth.files import PICTURE_SUFFIXES
+from dreambooth.files import distinct_names, pictures_among
 from dreambooth.report.wording import is_number
 from dreambooth.run_folder import CONFIG, OVERRIDES
 
@@ -70,8 +70,15 @@ class RunData:
 
     @cached_property
     def photos(self) -> dict[str, Path]:
-        """The photos that were learned from, by file name; empty when their folder is not there (any more)."""
-        return _pictures(self.setting("model.data.instance_dir"))
+        """The photos that were learned from, by file name; empty when their folder is not there (any more).
+
+        Of several subjects, by the name of the folder and of the file.
+        """
+        folders = [entry["instance_dir"] for entry in self.setting("model.data.subjects") or []]
+        if len(folders) < 2:
+            return _pictures(self.setting("model.data.instance_dir"))
+        named = zip(distinct_names(folders), map(_pictures, folders), strict=True)
+        return {f"{subject}/{name}": path for subject, found in named for name, path in found.items()}
 
     @cached_property
     def judges(self) -> dict[str, Path]:
@@ -105,8 +112,8 @@ def read_run(folder: Path) -> RunData:
 
 def _pictures(where: Any) -> dict[str, Path]:
     folder = Path(str(where)).expanduser()
-    found = sorted(folder.iterdir()) if where and folder.is_dir() else []
-    return {each.name: each for each in found if each.suffix.lower() in PICTURE_SUFFIXES and each.name[0] != "."}
+    found = sorted(folder.glob("[!.]*")) if where and folder.is_dir() else []
+    return {each.name: each for each in pictures_among(found)}
 
 
 def _text(path: Path) -> str | None:

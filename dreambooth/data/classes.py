@@ -1,0 +1,60 @@
+"""Who draws the pictures of the classes, and how."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from dreambooth.data import regularization
+from dreambooth.data.sources import Source
+from dreambooth.families.base import Family
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The keys of the tree that say how regularization pictures are drawn; ``family`` is still untouched."""
+
+    family: Family
+    restore_from_path: str | None
+    sampler: dict[str, Any]
+    resolution: int
+    seed: int
+    num_reg_images: int
+    num_images_per_prompt: int
+
+    def inspect(self, source: Source) -> None:
+        """Raise UserError when the pictures of a class cannot be read or were drawn otherwise."""
+        regularization.inspect(source.folder, self.settings(source))
+
+    def fill(self, sources: Sequence[Source], device: torch.device, shared: dict[str, Any]) -> int:
+        """Draw the missing pictures of all classes, with one pipeline; how many all ranks drew."""
+        pipeline = cache(partial(self.pipeline, device))
+        return sum(
+            regularization.fill(pipeline, source.folder, self.num_reg_images, self.settings(source), **shared)
+            for source in sources
+        )
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        """What the pictures of a class depend on, as their manifest holds it."""
+        return {
+            "base": self.family.fingerprint() if self.draws_itself else str(self.restore_from_path),
+            "prompt": source.prompt,
+            **self.sampler,
+            "resolution": self.resolution,
+            "seed": self.seed,
+            "num_images_per_prompt": self.num_images_per_prompt,
+        }
+
+    @property
+    def draws_itself(self) -> bool:
+        """Whether the family draws, rather than another model."""
+        return self.restore_from_path in (None, self.family.source)
+
+    def pipeline(self, device: torch.device) -> DiffusionPipeline:
+        """The family, or the model that ``restore_from_path`` names, on the device."""
+        family = self.family if self.draws_itself else type(self.family)(self.restore_from_path)  # type: ignore
+        family.move(device)
+        return family.to_pipeline()
