@@ -22,7 +22,7 @@ class ShardedDataModule(DreamBoothDataModule):
     """Instance pictures, regularization pictures or both from tar shards; a role without shards has its folder.
 
     Every step encodes its pictures: a cache of a set that no disk should hold in files would be such a set again. If
-    any picture has a caption (``shards.inspect``), every step reads its prompts too. See ``streaming.Reader`` for the
+    any picture has a caption (``shards.inspect``), every step reads its prompts too. See ``readers.Reader`` for the
     order; it depends on the number of readers, ranks times loader processes, which checkpoints keep.
     """
 
@@ -85,11 +85,12 @@ class ShardedDataModule(DreamBoothDataModule):
 
     def role(self, name: str, encoder: Encoder) -> FolderRole | ShardRole:
         """What is streamed, with the embeddings of its prompt unless every step reads prompts."""
-        cond = None if self.train_text_encoder or self.captioned else encoder.prompt(name, self.prompts[name])
+        prompt = self.prompts[name]
+        conds = None if self.train_text_encoder or self.captioned else {prompt: encoder.prompt(name, prompt)}
         if name in self.shards:
-            return ShardRole(name, self.prompts[name], self.shards[name], self.shuffle, cond)
+            return ShardRole(name, prompt, self.shards[name], self.shuffle, conds)
         paths = list_pictures(self.folders[name], FOLDER_KEYS[name], known=(regularization.MANIFEST,))
-        return FolderRole(name, self.prompts[name], paths, cond)
+        return FolderRole(name, [prompt] * len(paths), paths, conds)
 
     def stream(self) -> ShardStream:
         """The micro-batches of this rank."""
