@@ -114,15 +114,15 @@ def sizes(shape: str) -> tuple[int, int]:
     return size_of(network), largest
 
 
-def memory_table(ranks: tuple[int, ...] = (2, 8, 64)) -> Iterator[str]:
+def memory_table(ranks: tuple[int, ...] = (2, 8, 64, 512)) -> Iterator[str]:
     """GiB of a rank without activations, full fine-tuning in bf16-mixed."""
-    yield "| " + " | ".join(["", "parameters", "1 GPU", *(f"{name}, {n}" for name in STRATEGIES for n in ranks)]) + " |"
-    yield "|---" * (3 + len(STRATEGIES) * len(ranks)) + "|"
+    yield "| " + " | ".join(["", "strategy", *(f"{number} ranks" for number in ranks)]) + " |"
+    yield "|---" * (2 + len(ranks)) + "|"
     for shape in SHAPES:
         learned, block = sizes(shape)
-        held = [cost(name, learned, block, n, half=True).held / GIB for name in STRATEGIES for n in ranks]
-        cells = [shape, f"{learned / 1e6:.0f} M", f"{16 * learned / GIB:.1f}", *(f"{value:.1f}" for value in held)]
-        yield "| " + " | ".join(cells) + " |"
+        for name in STRATEGIES:
+            held = [cost(name, learned, block, number, half=True).held / GIB for number in ranks]
+            yield "| " + " | ".join([f"{shape}, {learned / 1e6:.0f} M", name, *(f"{each:.1f}" for each in held)]) + " |"
 
 
 def traffic_table(ranks: int = 8) -> Iterator[str]:

@@ -49,7 +49,8 @@ def simulate(ranks: int, shape: tuple[int, ...] | None = None, **config: Any) ->
     start = time.perf_counter()
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
-        mesh = init_device_mesh("cpu", shape or (ranks,))
+        shape = shape or (ranks,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         with FakeTensorMode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network = UNet2DConditionModel(**config)
@@ -64,7 +65,7 @@ def simulate(ranks: int, shape: tuple[int, ...] | None = None, **config: Any) ->
             weights = list(network.parameters())
             assert all(isinstance(weight, DTensor) for weight in weights)
             moments = [value for state in optimizer.state.values() for value in state.values()]
-            expected = cost("fsdp", learned, 0, (shape or (ranks,))[-1]).held
+            expected = cost("fsdp", learned, 0, shape[-1]).held
             parts = [held(weights), held([weight.grad for weight in weights]), held(moments)]
         return Held(learned, *parts, expected, time.perf_counter() - start)
     finally:

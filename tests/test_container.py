@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 GIGABYTES = 30  # without layers that share files, and torch's CUDA libraries in each of them
+QUICK = "model.data.num_reg_images=4", "callbacks/evaluate=none", "callbacks.sample_grid=null"
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
@@ -141,15 +142,16 @@ def test_it_trains_as_any_user_on_a_read_only_root_without_a_network(
 
     def run(who: str, *command: str) -> subprocess.CompletedProcess[str]:
         """A command as an engine would start it: own network, processes and mounts, the image's settings alone."""
+        # An engine would do as much; but one needs cgroups and limits that a virtual machine may not have.
         begin = ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "sh", "-ec", BEGIN, "sh"]
         full = [*begin, "-C", config["WorkingDir"], *config["Env"], *command]
         environment = {**os.environ, **places, "WHO": who}
         return subprocess.run(full, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
     def dreambooth(who: str, *arguments: str) -> Any:
-        return run(who, *config["Entrypoint"], "model.data.num_reg_images=4", *arguments)
+        return run(who, *config["Entrypoint"], *QUICK, *arguments)
 
-    stranger = run("4321:4321", "sh", "-c", "id -un; touch /work/x; cat /proc/net/dev; ls -A /run/pip; pip --version")
+    stranger = run("4321:4321", "sh", "-c", "id -un; touch /work/x; cat /proc/net/dev")
     assert "cannot find name" in stranger.stderr
     assert "Read-only file system" in stranger.stderr
     assert "eth" not in stranger.stdout
@@ -159,8 +161,9 @@ def test_it_trains_as_any_user_on_a_read_only_root_without_a_network(
     assert folder.stat().st_uid == 4321
     assert DiffusionPipeline.from_pretrained(folder / "pipeline") is not None
     assert (folder / "report.html").exists()
-    drawn = dreambooth(config["User"], "task=generate", "trainer.max_steps=2", "infer.out_path=outputs/drawn")
+    how = ["task=generate", "trainer.max_steps=2", "infer.out_path=outputs/drawn", "infer.inference_steps=2"]
+    drawn = dreambooth("4321:4321", *how)
     assert drawn.returncode == 0, drawn.stderr[-3000:]
     assert len(list((tmp_path / "outputs" / "drawn").glob("*.png"))) >= 1
-    refused = dreambooth("4321:4321", "model=sd16")
+    refused = dreambooth(config["User"], "model=sd16")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

@@ -32,6 +32,7 @@ def test_the_networks_are_those_that_were_published() -> None:
     assert sizes("SDXL")[0] == 2_567_463_684
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8,), (4, 8)], ids=["sharded", "hybrid"])
 def test_a_small_unet_steps_on_ranks_that_are_not_there(shape: tuple[int, ...]) -> None:
     ranks = shape[0] if len(shape) == 1 else shape[0] * shape[1]

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from dreambooth import compose
+from dreambooth.data.readers import Reader
 from dreambooth.data.sharded import ShardedDataModule
 from dreambooth.data.shards import expand, inspect, pictures
-from dreambooth.data.streaming import FolderRole, Reader, ShardRole, ShardStream
+from dreambooth.data.streaming import FolderRole, ShardRole, ShardStream
 from dreambooth.errors import UserError
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.sharding import shard
@@ -153,14 +155,15 @@ def stream(roles: list[Any], **more: Any) -> ShardStream:
     return ShardStream(roles, **given)
 
 
-def shard_role(name: str, paths: list[str], cond: Any = None) -> ShardRole:
-    return ShardRole(name, f"a {name}", paths, 3, cond)
+def shard_role(name: str, paths: list[str], conds: Any = None) -> ShardRole:
+    return ShardRole(name, f"a {name}", paths, 3, conds)
 
 
 def test_a_batch_is_as_that_of_folders(tmp_path: Path, photos: Path) -> None:
     paths = write_shards(tmp_path / "i", [3, 2], captions=True)
     files = sorted(photos.iterdir())
-    roles = [shard_role("instance", paths), FolderRole("regularization", "a dog", files, None)]
+    dogs = [f"dog {number}" for number in range(5)]
+    roles = [shard_role("instance", paths), FolderRole("regularization", dogs, files, None)]
     batches = list(islice(stream(roles, accumulate=2, world=3, rank=1), 3))
     assert [batch["step"] for batch in batches] == [0, 0, 1]
     assert batches[1]["index"] == [8, 9, 20, 21]
@@ -172,18 +175,31 @@ def test_a_batch_is_as_that_of_folders(tmp_path: Path, photos: Path) -> None:
             number = int(Path(place).stem)
             assert prompt == f"red {number}"
             assert torch.equal(pixels[0], torch.full((8, 8), number / 127.5 - 1))
-        assert batch["prompts"][2:] == ["a dog"] * 2
+        assert batch["prompts"][2:] == [f"dog {Path(place).stem}" for place in batch["paths"][2:]]
     assert "cond" not in batches[0]
-    known = {name: {"embeds": torch.full((1, 3), float(place))} for place, name in enumerate("ab")}
-    roles = [shard_role("instance", paths, known["a"]), FolderRole("regularization", "a dog", files, known["b"])]
+
+
+def test_embeddings_are_those_of_the_prompts_and_captions_then_count_for_nothing(tmp_path: Path, photos: Path) -> None:
+    paths = write_shards(tmp_path / "i", [3, 2], captions=True)
+    known = {
+        name: {"embeds": torch.full((1, 3), float(place))} for place, name in enumerate(("a instance", "a dog", ""))
+    }
+    roles = [
+        shard_role("instance", paths, known),
+        FolderRole("regularization", ["a dog"] * 5, sorted(photos.iterdir()), known),
+    ]
     batch = next(iter(stream(roles)))
-    assert batch["prompts"] == ["a instance"] * 2 + ["a dog"] * 2  # what cond says, not the captions
+    assert batch["prompts"] == ["a instance"] * 2 + ["a dog"] * 2
     assert batch["cond"]["embeds"][:, 0].tolist() == [0, 0, 1, 1]
+    dropped = list(islice(stream(roles, caption_dropout=0.5), 40))
+    prompts = [prompt for batch in dropped for prompt in batch["prompts"]]
+    assert 50 < prompts.count("") < 110
+    embeds = [float(row[0]) for batch in dropped for row in batch["cond"]["embeds"]]
+    assert all((value == 2) == (prompt == "") for value, prompt in zip(embeds, prompts, strict=True))
 
 
 @pytest.mark.filterwarnings(FORK_WARNING)
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more readers than cores
-@pytest.mark.parametrize(("sizes", "workers"), [([3, 2, 4], 0), ([3, 2, 4], 2), ([5], 3)])
+@pytest.mark.parametrize(("sizes", "workers"), [([3, 2, 4], 0), ([3, 2, 4], 2), ([5], 2)])
 def test_a_resumed_stream_goes_on_at_the_same_picture(tmp_path: Path, sizes: list[int], workers: int) -> None:
     roles = [shard_role("instance", write_shards(tmp_path, sizes))]
 
@@ -200,6 +216,11 @@ def test_a_resumed_stream_goes_on_at_the_same_picture(tmp_path: Path, sizes: lis
 @pytest.fixture(scope="module")
 def tiny(tiny_sd: Path) -> StableDiffusion:
     return StableDiffusion(str(tiny_sd))
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What we say, among what Lightning does."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("dreambooth")]
 
 
 def data(family: StableDiffusion, photos: Path, **changes: Any) -> ShardedDataModule:
@@ -225,7 +246,7 @@ def test_either_set_may_be_in_shards_and_the_other_in_its_folder(
     module = data(tiny, photos, instance_shards=f"{photos.parent}/shards/*.tar")
     with caplog.at_level(logging.INFO, "dreambooth"):
         module.setup("fit")
-    assert caplog.messages == [
+    assert said(caplog) == [
         "2 instance shards without captions; each step encodes its pictures",
         "model.use_cached_latents=true counts for folders, not beside shards",
     ]
@@ -259,9 +280,9 @@ def test_either_set_may_be_in_shards_and_the_other_in_its_folder(
 def test_another_number_of_readers_is_said(tiny: StableDiffusion, photos: Path, caplog: Any) -> None:
     module = data(tiny, photos, instance_shards=write_shards(photos.parent / "shards", [3]), num_workers=2)
     module.load_state_dict({"readers": 2})
-    assert not caplog.messages
+    assert not said(caplog)
     module.load_state_dict({"readers": 8})
-    assert "8 readers (ranks x model.data.num_workers) shared the shards, now 2 do" in caplog.messages[0]
+    assert "8 readers (ranks x model.data.num_workers) shared the shards, now 2 do" in said(caplog)[0]
 
 
 def test_folders_become_shards_whose_bytes_depend_on_nothing_else(photos: Path, tmp_path: Path) -> None:
@@ -269,16 +290,18 @@ def test_folders_become_shards_whose_bytes_depend_on_nothing_else(photos: Path, 
     more = shutil.copytree(photos, tmp_path / "more")
     os.utime(more / "0.png", (0, 0))
 
-    def make(name: str, *overrides: str) -> Path:
-        folders = f"shard.folders=[{photos},{more}]"
-        return shard(compose(["task=shard", folders, f"shard.out_path={tmp_path / name}", *overrides]))
+    cfg = compose(["task=shard", f"shard.folders=[{photos},{more}]"])
 
-    one = make("one", "shard.pictures_per_shard=4")
+    def make(name: str, size: int = 1000, seed: int = 1234) -> Path:
+        own = {"seed": seed, "shard": {"out_path": str(tmp_path / name), "pictures_per_shard": size}}
+        return shard(OmegaConf.merge(cfg, own))
+
+    one = make("one", 4)
     assert sorted(os.listdir(one)) == ["000000.tar", "000001.tar", "000002.tar"]
     os.utime(photos / "1.jpg", (7, 7))
-    two = make("two", "shard.pictures_per_shard=4")
+    two = make("two", 4)
     assert [path.read_bytes() for path in sorted(one.iterdir())] == [p.read_bytes() for p in sorted(two.iterdir())]
-    assert (make("three", "seed=2") / "000000.tar").read_bytes() != (make("four") / "000000.tar").read_bytes()
+    assert (make("three", seed=2) / "000000.tar").read_bytes() != (make("four") / "000000.tar").read_bytes()
     found = [picture for path in sorted(one.iterdir()) for picture in pictures(str(path))]
     files = [path for folder in (photos, more) for path in folder.iterdir() if path.suffix != ".txt"]
     assert Counter(picture.data for picture in found) == Counter(path.read_bytes() for path in files)
@@ -290,7 +313,7 @@ def test_folders_become_shards_whose_bytes_depend_on_nothing_else(photos: Path, 
         make("five")
     assert not (tmp_path / "five").exists()
     with pytest.raises(UserError, match=r"shard.out_path is not set"):
-        shard(compose(["task=shard", "shard.folders=x"]))
+        shard(cfg)
 
 
 RUN = """task=train model=pocket model/data=webdataset trainer.accelerator=cpu model.data.num_reg_images=2

@@ -21,7 +21,7 @@ class ShardedDataModule(DreamBoothDataModule):
     """Instance pictures, regularization pictures or both from tar shards; a role without shards has its folder.
 
     Every step encodes its pictures: a cache of a set that no disk should hold in files would be such a set again. If
-    any picture has a caption (``shards.inspect``), every step reads its prompts too. See ``streaming.Reader`` for the
+    any picture has a caption (``shards.inspect``), every step reads its prompts too. See ``readers.Reader`` for the
     order; it depends on the number of readers, ranks times loader processes, which checkpoints keep.
     """
 
@@ -52,7 +52,7 @@ class ShardedDataModule(DreamBoothDataModule):
         beside = {"subjects": len(self.subjects) > 1, "buckets": self.shapes != [self.resolution]}
         beside |= {
             "masks": self.beside.masks,
-            "captions": self.beside.captions,
+            "captions": self.beside.captions and INSTANCE in self.given,
             "caption_dropout": self.caption_dropout,
         }
         for key, value in beside.items():
@@ -95,11 +95,13 @@ class ShardedDataModule(DreamBoothDataModule):
 
     def streamed(self, source: Source, encoder: Encoder) -> FolderRole | ShardRole:
         """What is streamed, with the embeddings of its prompt unless every step reads prompts."""
-        reads = self.train_text_encoder or self.captioned
-        cond = None if reads else encoder.prompts(source, [source.prompt])[source.prompt]
+        read = self.train_text_encoder or self.captioned
         if source.role in self.shards:
-            return ShardRole(source.name, source.prompt, self.shards[source.role], self.shuffle, cond)
-        return FolderRole(source.name, source.prompt, self.beside.pictures(source), cond)
+            conds = None if read else encoder.prompts(source, [source.prompt])
+            return ShardRole(source.name, source.prompt, self.shards[source.role], self.shuffle, conds)
+        found = self.beside.described(source)
+        conds = None if read else encoder.prompts(source, found.values())
+        return FolderRole(source.name, list(found.values()), list(found), conds)
 
     def stream(self) -> ShardStream:
         """The micro-batches of this rank."""

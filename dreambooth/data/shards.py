@@ -2,7 +2,7 @@
 
 import glob
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from subprocess import TimeoutExpired
 from typing import Any, BinaryIO
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -50,7 +50,7 @@ def expand(shards: str | Sequence[str], key: str) -> list[str]:
     for entry in [shards] if isinstance(shards, str) else shards:
         try:
             spelt = list(braceexpand(str(entry)))
-        except UnbalancedBracesError:  # such as awk's in a command
+        except ValueError:  # unbalanced ones, such as awk's in a command
             spelt = [str(entry)]
         for pattern in spelt:
             found += [pattern] if remote(pattern) else _files(pattern, key)
@@ -94,7 +94,7 @@ def first(shard: str) -> Picture:
     return picture
 
 
-def pictures(shard: str) -> Iterator[Picture]:
+def pictures(shard: str) -> Generator[Picture, None, None]:
     """The pictures of a shard in its order, one in memory at a time.
 
     A picture's members share their name but for what follows its last dot: one with a picture's suffix, and maybe
