@@ -251,7 +251,7 @@ def test_either_set_may_be_in_shards_and_the_other_in_its_folder(
         "model.use_cached_latents=true counts for folders, not beside shards",
     ]
     batch = next(iter(module.train_dataloader()))
-    assert {Path(place).parent.name for place in batch["paths"]} == {"00.tar", "01.tar", "reg"}
+    assert [Path(place).parent.name.strip("01") for place in batch["paths"]] == [".tar", "reg"]
     assert batch["cond"]["prompt_embeds"].shape[0] == 2
     assert module.counts["regularization_generated"] == 6
     assert module.epoch_size == 5
