@@ -92,6 +92,7 @@ def test_the_run_holds_the_adapter_alone(run: RunResult, tiny_sd: Path, tmp_path
     assert "infer.model" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_scale_and_switches(run: RunResult, tiny_sd: Path, tmp_path: Path) -> None:
     whole, plain = one(run.folder, tmp_path / "a"), one(tiny_sd, tmp_path / "b")
     off = ["infer.adapter_denoiser=false", "infer.adapter_text_encoder=false"]
@@ -161,6 +162,7 @@ def test_the_best_step_is_kept_and_put_back(tiny_sd: Path, tmp_path: Path) -> No
         tall.settle_on(load_file(tmp_path / "best.safetensors"))
 
 
+@pytest.mark.slow
 def test_merged_on_request_is_what_the_adapter_draws(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     """With the teacher's prior, which asks for no picture of the class; and a base of other weights is refused."""
     prior = ["model.with_prior_preservation=true", "model.prior=teacher", "model.data.num_reg_images=0"]
@@ -179,6 +181,7 @@ def test_merged_on_request_is_what_the_adapter_draws(tiny_sd: Path, photos: Path
         train(again)
 
 
+@pytest.mark.slow
 def test_a_run_with_an_adapter_is_measured_as_any(tiny_sd: Path, tmp_path: Path) -> None:
     """The best step is the adapter's; base and adapter draw again what was measured in training, to the last digit."""
     folder = tmp_path / "run"
