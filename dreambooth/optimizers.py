@@ -56,7 +56,7 @@ def evaluated(optimizer: Optimizer | None, weights: list[torch.nn.Parameter]) ->
     (Defazio et al. 2024, https://arxiv.org/abs/2405.15682: gradients are taken at y, x is evaluated.) Afterwards they
     are what they were, bit for bit, which its own way back is not. Other optimizers change nothing.
     """
-    if not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
+    if optimizer is None or not (hasattr(optimizer, "eval") and hasattr(optimizer, "train")):
         yield
         return
     kept = [weight.detach().clone() for weight in weights]

@@ -104,7 +104,7 @@ def refuse(cfg: Any, hydra_node: Any) -> None:
         typed = shlex.join(["dreambooth", "-m", *sys.argv[1:]])
         raise UserError(f"without -m Hydra asks no launcher and trains on this machine: type {typed}")
     launched = (
-        submits or launched_by_srun() or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"))
+        submitted or launched_by_srun() or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"))
     )
     if sweep and not launched and cfg.task in ("train", "prepare") and device_count(cfg.trainer.devices) != 1:
         raise UserError(

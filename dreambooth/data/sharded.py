@@ -49,8 +49,9 @@ class ShardedDataModule(DreamBoothDataModule):
             raise UserError(f"model/data=webdataset: no shards are named; type {KEYS[INSTANCE]}='shards/*.tar'")
         if self.taught:
             raise UserError("model.prior=teacher looks twice at each photo, shards do not: type model.prior=images")
-        beside = {"subjects": len(self.subjects) > 1, "buckets": self.shapes != [self.resolution]}
-        beside |= {
+        beside = {
+            "subjects": len(self.subjects) > 1,
+            "buckets": self.shapes != [self.resolution],
             "masks": self.beside.masks,
             "captions": self.beside.captions and INSTANCE in self.given,
             "caption_dropout": self.caption_dropout,

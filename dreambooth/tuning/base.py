@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -118,10 +118,9 @@ class Tuning(ABC):
     def base(self) -> AbstractContextManager[None]:
         """A context in which the weights are, or count as, those of the source."""
 
-    @contextmanager
-    def merged(self) -> Iterator[None]:
+    def merged(self) -> AbstractContextManager[None]:
         """Within, the networks alone, as a pipeline without us holds them, compute all that was learned."""
-        yield
+        return nullcontext()
 
     def save(self, folder: Path) -> None:
         """Write what learned as files of its own into ``folder``, when it is ``separate``."""

@@ -47,7 +47,7 @@ class Pivotal(Lora):
             )
         words = (instance_prompt, class_prompt, placeholder_token, initializer_token, num_vectors)
         self.word, self.together = Word(family, *words), together
-        rates = {"text_encoder_lr": embedding_lr, "stop_text_encoder_at": embedding_steps}
+        rates: dict[str, Any] = {"text_encoder_lr": embedding_lr, "stop_text_encoder_at": embedding_steps}
         super().__init__(family, train_text_encoder=True, **rates, **lora)
 
     def prepare(self, name: str, network: nn.Module) -> None:
