@@ -8,11 +8,12 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from dreambooth.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from dreambooth.callbacks.checkpoint import Checkpoint
 from dreambooth.data.pairs import Role, Stream
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.module import DreamBoothModule
 from dreambooth.objective import Diffusion
+from dreambooth.parallel.checkpoint import Resume
 from dreambooth.tasks import quieten
 from dreambooth.tuning.full import Full
 
@@ -37,7 +38,7 @@ class Latents(pl.LightningDataModule):
         photos: Path | None = None,
     ) -> None:
         super().__init__()
-        self.family, self.size, self.seed, self.text, self.photos = family, size, seed, text, photos
+        self.family, self.micro_batch_size, self.seed, self.text, self.photos = family, size, seed, text, photos
         g = torch.Generator().manual_seed(7)
         self.moments = {"instance": torch.randn(5, 8, 8, 8, generator=g)}
         if prior:
@@ -67,7 +68,7 @@ class Latents(pl.LightningDataModule):
                 cond = None if self.text else self.family.encode_prompts([PROMPTS[name]])
             roles.append(Role(name, PROMPTS[name], paths, known, cond))
         how: dict[str, Any] = {"resolution": 32, "center_crop": True, "random_flip": False}
-        return Stream(roles, micro_batch_size=self.size, seed=self.seed, **how, **place)
+        return Stream(roles, micro_batch_size=self.micro_batch_size, seed=self.seed, **how, **place)
 
 
 def module_of(
@@ -114,9 +115,9 @@ def run(
         "use_distributed_sampler": False,
         **trainer,
     }
-    trainer_ = pl.Trainer(max_steps=steps, callbacks=[Rows(), *(callbacks or [])], **options)
-    trainer_.strategy.checkpoint_io = AtomicCheckpointIO()
+    resumed = [Resume(resume)] if resume else []
+    trainer_ = pl.Trainer(max_steps=steps, callbacks=[Rows(), *(callbacks or []), *resumed], **options)
     text = "text_encoder" in module.learned
     data = Latents(module.family, size, module.seed, prior, text, poison, photos)
-    trainer_.fit(module, datamodule=data, ckpt_path=resume)
+    trainer_.fit(module, datamodule=data)
     return trainer_, rows
