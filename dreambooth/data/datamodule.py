@@ -206,6 +206,11 @@ class DreamBoothDataModule(pl.LightningDataModule):
         }
 
     @property
+    def paired(self) -> bool:
+        """Whether a picture of its class stands beside each photo."""
+        return bool(self.classes or self.taught)
+
+    @property
     def epoch_size(self) -> int:
         """How many photos an epoch counts: each one ``train_data_repeats`` times."""
         return self.train_data_repeats * sum(len(self.beside.pictures(source)) for source in self.instances)
