@@ -17,14 +17,14 @@ def around_the_rare_word(instance_prompt: str, class_prompt: str) -> tuple[str, 
     return " ".join(words[: rare[0]]), " ".join(words[rare[-1] + 1 :])
 
 
-def rare_word(instance_prompt: str, class_prompt: str) -> str:
+def rare_word(instance_prompt: str, class_prompt: str | None) -> str:
     """The word that the instance prompt has and the class prompt lacks; UserError when there is none, or several."""
-    before, after = around_the_rare_word(instance_prompt, class_prompt)
+    before, after = around_the_rare_word(instance_prompt, class_prompt or "")
     words = instance_prompt.split()
     rare = words[len(before.split()) : len(words) - len(after.split())]
     if len(rare) > 1:
         raise UserError(
             f"model.data.instance_prompt '{instance_prompt}': which of '{' '.join(rare)}' learns? "
-            f"Type model.tuning.placeholder_token={rare[0]}"
+            f"Type the others in model.data.regularization_prompt too, or model.tuning.placeholder_token={rare[0]}"
         )
     return rare[0].strip(MARKS)

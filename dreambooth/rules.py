@@ -163,10 +163,11 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
             raise UserError(f"{key}={values[key]}: the text encoder does not learn; type model.train_text_encoder=true")
     _check_optimizer(values)
     _check_noise_levels(values)
-    if "model.tuning.num_vectors" in values and values["model.train_text_encoder"]:
-        raise UserError(
-            "model.train_text_encoder=true: only a new word of it learns here; type false, or take model/tuning=lora"
-        )
+    for key in ("model.train_text_encoder", "model.data.subjects") if "model.tuning.num_vectors" in values else ():
+        if values[key]:
+            raise UserError(
+                f"{key}: one new word learns here, and no other way to read; leave it, or model/tuning=lora"
+            )
     _check_prompts(values)
     _check_subjects(values)
     benchmarked = values["task"] == "benchmark"

@@ -32,7 +32,7 @@ class Pivotal(Lora):
         self,
         family: Family,
         instance_prompt: str,
-        class_prompt: str,
+        class_prompt: str | None,
         placeholder_token: str | None = None,
         initializer_token: str | None = None,
         num_vectors: int = 1,

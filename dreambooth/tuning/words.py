@@ -68,7 +68,7 @@ class Word:
         self,
         family: Family,
         instance_prompt: str,
-        class_prompt: str,
+        class_prompt: str | None,
         placeholder_token: str | None = None,
         initializer_token: str | None = None,
         num_vectors: int = 1,
@@ -91,7 +91,7 @@ class Word:
                 f"model.data.instance_prompt: the tokenizer has '{taken[0]}' as a token already, so it cannot be a new "
                 f"one; type another word, such as sks or <{self.name}>"
             )
-        self.initial = single_token(family.tokenizer, initializer_token, class_prompt)
+        self.initial = single_token(family.tokenizer, initializer_token, class_prompt or "")
         self.source = family.tokenizer
         self.tokenizer: Any = copy.deepcopy(family.tokenizer)
         self.tokenizer.add_tokens(self.tokens)
