@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dreambooth.parallel.tensors import read
+from dreambooth.parallel.tensors import read
 from tests.slurm import Cluster, missing, running_cluster
 from tests.tiny import short_run
 
@@ -112,7 +113,7 @@ def test_a_job_of_two_nodes_that_is_preempted_ends_with_the_weights_of_one_that_
     assert 3 <= stopped < STEPS
     for run in (struck, whole):
         assert [int(row["step"]) for row in rows_of(run / "metrics.csv")] == list(range(1, STEPS + 1))
-    expected, found = weights(whole), weights(struck)
+    expected, found = state(whole), state(struck)
     assert expected.keys() == found.keys()
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
 
