@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dreambooth.parallel.tensors import read
+from dreambooth.parallel.tensors import read
 from tests.slurm import Cluster, missing, running_cluster
 from tests.tiny import short_run
 
@@ -82,6 +83,18 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return read(run / f"checkpoints/step_{STEPS:06d}.ckpt", "")
 
 
+def test_nothing_of_the_cluster_is_left(tmp_path: Path) -> None:
+    """The first test of this file: no other cluster runs yet."""
+    hosts = Path("/etc/hosts").read_text()
+    with running_cluster() as cluster:
+        inside = cluster.folder
+        assert cluster.call("sinfo", "--noheader", "--format=%D") == "2"
+    assert not inside.exists()
+    assert Path("/etc/hosts").read_text() == hosts
+    left = subprocess.run(["pgrep", "-af", str(inside)], capture_output=True, text=True, check=False).stdout
+    assert [line for line in left.splitlines() if not line.startswith(f"{os.getpid()} ")] == []
+
+
 def test_a_job_of_two_nodes_that_is_preempted_ends_with_the_weights_of_one_that_is_not(
     slurm, settings, tmp_path
 ) -> None:
@@ -100,7 +113,7 @@ def test_a_job_of_two_nodes_that_is_preempted_ends_with_the_weights_of_one_that_
     assert 3 <= stopped < STEPS
     for run in (struck, whole):
         assert [int(row["step"]) for row in rows_of(run / "metrics.csv")] == list(range(1, STEPS + 1))
-    expected, found = weights(whole), weights(struck)
+    expected, found = state(whole), state(struck)
     assert expected.keys() == found.keys()
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
 
@@ -138,7 +151,7 @@ def test_the_launcher_submits_an_array_and_ends_with_the_table(slurm, settings, 
     folder = tmp_path / "outputs" / "sweep"
 
     def said() -> str:
-        return "".join(path.read_text() for path in [tmp_path / "out", *folder.glob(".submitit/*/*.err")])
+        return "".join(path.read_text() for path in [tmp_path / "out", *folder.glob(".submitit/*/*_log.*")])
 
     def begun() -> list[Path]:
         return [run for run in folder.glob("*") if reached(run, 3)]
@@ -159,14 +172,3 @@ def test_the_launcher_submits_an_array_and_ends_with_the_table(slurm, settings, 
     assert json.loads((struck / "summary.json").read_text())["resumed_from"] >= 3
     assert [int(row["step"]) for row in rows_of(struck / "metrics.csv")] == list(range(1, STEPS + 1))
     assert said().count("requeued job") == 1
-
-
-def test_nothing_of_the_cluster_is_left(tmp_path: Path) -> None:
-    hosts = Path("/etc/hosts").read_text()
-    with running_cluster() as cluster:
-        inside = cluster.folder
-        assert cluster.call("sinfo", "--noheader", "--format=%D") == "2"
-    assert not inside.exists()
-    assert Path("/etc/hosts").read_text() == hosts
-    left = subprocess.run(["pgrep", "-af", str(inside)], capture_output=True, text=True, check=False).stdout
-    assert [line for line in left.splitlines() if not line.startswith(f"{os.getpid()} ")] == []
