@@ -25,6 +25,7 @@ TASKS: dict[str, str] = {
     "train": "dreambooth.tasks:train",
     "generate": "dreambooth.generation:generate",
     "evaluate": "dreambooth.evaluation:evaluate",
+    "export": "dreambooth.parallel.export:export",
     "benchmark": "dreambooth.benchmark.task:benchmark",
     "identifier": "dreambooth.identifier:identifier",
     "report": "dreambooth.report.task:report",

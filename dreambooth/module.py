@@ -18,9 +18,10 @@ from dreambooth.families.base import Family, recompute_activations
 from dreambooth.noise import gaussian, seed_of, stratified
 from dreambooth.objective import Objective, Weighting
 from dreambooth.optimizers import evaluated
+from dreambooth.parallel.layout import Layout, layout_of, whole
 from dreambooth.reader import Reader
 from dreambooth.teacher import Teacher
-from dreambooth.tuning.base import Tuning, swapped
+from dreambooth.tuning.base import Tuning
 
 LOSSES = ("loss", "instance_loss", "prior_loss")
 QUARTERS = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
@@ -76,6 +77,7 @@ class DreamBoothModule(pl.LightningModule):
         self.base = family.fingerprint()
         self.ema: nn.ParameterList | None = None
         self.optimizer: Optimizer | None = None
+        self.layout = Layout(self)
         self.step_metrics: dict[str, Tensor] = {}
         self._losses: list[Tensor] = []
         self._quarters: list[Tensor] = []
@@ -149,6 +151,10 @@ class DreamBoothModule(pl.LightningModule):
             self.trainer.strategy.model = self
             self.trainer.strategy.configure_ddp()
 
+    def configure_model(self) -> None:
+        """Cut the weights over the ranks, under a strategy that does."""
+        self.layout = layout_of(self)
+
     def configure_optimizers(self) -> Any:
         """Optimizer and diffusers' schedule (by its name), advanced at every optimizer step."""
         if any(weight.dtype != torch.float32 for weight in self.learning()):
@@ -179,10 +185,12 @@ class DreamBoothModule(pl.LightningModule):
         An optimizer that follows torch's protocol for GradScaler (a fused one) does both inside its own pass over the
         weights, from two numbers that stay on the device.
         """
+        if self.layout.clips:
+            return
         for weight in self.tuning.waiting(self.trainer.global_step, self.trainer.max_steps):
             weight.grad = None  # so neither updated nor decayed; it had one as DDP waits for all
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.grad_norm = norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
         by_value = gradient_clip_algorithm == "value"
         if gradient_clip_val and by_value:
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
@@ -202,16 +210,18 @@ class DreamBoothModule(pl.LightningModule):
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, then gather ``step_metrics``."""
+        """Step, then gather ``step_metrics``; a strategy that accumulates by itself comes here in every micro-batch."""
         rate = optimizer.param_groups[0]["lr"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
         optimizer.zero_grad()  # Lightning would keep the gradients, a copy of all weights, beside the next activations
         losses = self.trainer.strategy.reduce(torch.stack(self._losses).mean(0), reduce_op="mean")
         sums, counts = self.trainer.strategy.reduce(torch.stack(self._quarters).sum(0), reduce_op="sum")
         self._losses.clear()
         self._quarters.clear()
         self.step_metrics = dict(zip(LOSSES, losses, strict=True)) | dict(zip(QUARTERS, sums / counts, strict=True))
-        self.step_metrics |= {"grad_norm": self.grad_norm, "lr": torch.tensor(rate, dtype=torch.float64)}
+        self.step_metrics |= {"grad_norm": self.layout.grad_norm(), "lr": torch.tensor(rate, dtype=torch.float64)}
 
     def learning(self) -> list[nn.Parameter]:
         """The parameters that learn, in the order of ``ema``."""
@@ -219,14 +229,13 @@ class DreamBoothModule(pl.LightningModule):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the family is what the training made of it so far, adapters apart.
+        """Within, the family of the first rank is what the training made of it so far, adapters apart; all enter.
 
-        The networks hold the averaged weights if there are any (tensors change hands, nothing is copied), and the
-        scheduler has the noise levels that were learned. Before the first step the base stays as it came.
+        The networks are whole and hold the averaged weights if there are any, and the scheduler has the noise levels
+        that were learned. Before the first step the base stays as it came.
         """
-        own, learning = self.family.scheduler, self.learning()
-        averages = swapped(learning, [average.data for average in self.ema]) if self.ema is not None else nullcontext()
-        with averages, evaluated(self.optimizer, learning):
+        own = self.family.scheduler
+        with self.layout.whole(), evaluated(self.optimizer, self.learning()):
             if self.global_step and self.objective.scheduler is not None:
                 self.family.scheduler = self.objective.scheduler
             try:
@@ -237,14 +246,10 @@ class DreamBoothModule(pl.LightningModule):
     @contextmanager
     def finished(self) -> Iterator[None]:
         """Within, the networks are what ``pipeline/`` would hold, and what is sampled: averaged, adapters merged."""
-        with self.averaged(), self.tuning.merged():
+        with self.averaged(), self.tuning.merged() if self.layout.here else nullcontext():
             yield
 
     def settle_on(self, weights: dict[str, Tensor]) -> None:
-        """Take these for what was learned: the last weights and all averages of them go."""
-        self.learned.load_state_dict(weights)
+        """Take these, whole and by name, for what was learned: the last weights and all averages of them go."""
         self.ema = self.optimizer = None
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which base the weights grew from: they fit no other."""
-        checkpoint["base"] = self.base
+        self.layout.set_weights(weights, {})

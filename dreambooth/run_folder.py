@@ -29,6 +29,7 @@ IRRELEVANT = (
     "task=prepare",
     "task=generate",
     "task=evaluate",
+    "task=export",
     "task=identifier",
     "identifier.*",
     "task=report",
@@ -58,6 +59,17 @@ IRRELEVANT = (
     "trainer.log_every_n_steps=*",
 )
 GOALS = ("trainer.max_steps", "trainer.max_epochs")  # may be raised in a folder that exists
+# May differ in a folder that exists: how the ranks share the work. Its sum, the global batch, is in the checkpoints.
+SHARING = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.strategy.*",
+    "trainer.accumulate_grad_batches",
+    "model.micro_batch_size",
+    "model.gradient_checkpointing",
+)
 FOLDER_VARIABLE = "DREAMBOOTH_RUN_FOLDER"  # tells the processes that Lightning starts what rank 0 decided
 CONFIG, OVERRIDES = "config.yaml", "overrides.yaml"
 MISSING = "(absent)"
@@ -109,8 +121,9 @@ def is_rank_zero() -> bool:
 def open_run(cfg: DictConfig, folder: Path) -> Run:
     """Take ``folder`` for the run of ``cfg``: begin it, go on with it, or find it finished.
 
-    Beginning writes config.yaml. The same settings go on; a raised ``trainer.max_steps`` goes on too. With
-    ``resume=false`` a folder that is taken is left alone and the next free one of ``folder-2, folder-3, …`` begins.
+    Beginning writes config.yaml. The same settings go on, and so do a raised ``trainer.max_steps`` and other
+    ``SHARING``. With ``resume=false`` a folder that is taken is left alone and the next free one of ``folder-2,
+    folder-3, …`` begins.
     Raises UserError when the folder belongs to other settings (naming them) or cannot be written.
     """
     if FOLDER_VARIABLE in os.environ and not is_rank_zero():
@@ -132,7 +145,8 @@ def _claim(cfg: DictConfig, folder: Path) -> Run:
         return Run(folder)
     changed = _changes(_read_config(folder), settings)
     raised = {key for key in GOALS if key in changed and _is_raise(*changed[key])}
-    refused = {key: values for key, values in changed.items() if key not in raised}
+    shared = {key for key in changed if any(fnmatchcase(key, pattern) for pattern in SHARING)}
+    refused = {key: values for key, values in changed.items() if key not in raised | shared}
     if refused:
         shown = "; ".join(f"{key} {old} → {new}" for key, (old, new) in list(refused.items())[:6])
         more = f" and {len(refused) - 6} more" if len(refused) > 6 else ""
@@ -153,6 +167,8 @@ def _claim(cfg: DictConfig, folder: Path) -> Run:
             *(folder, summary["steps"], folder),
         )
         return Run(folder, summary)
+    elif shared and is_rank_zero():
+        _write_config(settings, folder)
     if is_rank_zero() and not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"the run folder {folder} cannot be written: make it writable, or set hydra.run.dir=DIR")
     log.info("going on in run folder %s", folder)

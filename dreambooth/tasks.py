@@ -25,6 +25,8 @@ from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.errors import UserError
 from dreambooth.module import DreamBoothModule
 from dreambooth.optimizers import checked
+from dreambooth.parallel.checkpoint import Resume
+from dreambooth.parallel.checks import check
 from dreambooth.report.overrides import record
 from dreambooth.run_folder import is_rank_zero, open_run
 from dreambooth.tuning.base import Tuning
@@ -47,6 +49,7 @@ def train(cfg: DictConfig) -> RunResult:
     SystemExit when interrupted (130) or terminated (143).
     """
     quieten()
+    check(cfg)
     with slurm.requeued(requeues(cfg)):
         return _train(cfg)
 
@@ -61,11 +64,18 @@ def _train(cfg: DictConfig) -> RunResult:
         return RunResult(run.folder, run.summary)
     if is_rank_zero():
         record(cfg, run.folder)
+    if (kept := newest(run.folder / FOLDER, module.base)) is not None:
+        callbacks.append(Resume(kept))
     trainer = make_trainer(cfg, run.folder, callbacks, max_steps=-1 if by_epochs else cfg.trainer.max_steps)
+    factors = cfg.model.micro_batch_size, trainer.world_size, trainer.accumulate_grad_batches
+    log.info(
+        "a step sees %d photos%s: model.micro_batch_size=%d x %d ranks x trainer.accumulate_grad_batches=%d; "
+        "model.optim.lr is taken as it is, whatever their number",
+        *(math.prod(factors), " and as many of the class" if len(data.roles) > 1 else "", *factors),
+    )
     if by_epochs:
-        per_step = cfg.model.micro_batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        trainer.fit_loop.epoch_loop.max_steps = math.ceil(cfg.trainer.max_epochs * data.epoch_size / per_step)
-    fit(trainer, module, data, newest(run.folder / FOLDER, module.base))
+        trainer.fit_loop.epoch_loop.max_steps = math.ceil(cfg.trainer.max_epochs * data.epoch_size / math.prod(factors))
+    fit(trainer, module, data)
     trainer.strategy.barrier()  # the first rank writes the summary
     path = run.folder / "summary.json"
     return RunResult(run.folder, json.loads(path.read_text()) if path.exists() else {})
@@ -74,9 +84,10 @@ def _train(cfg: DictConfig) -> RunResult:
 def prepare(cfg: DictConfig) -> Path:
     """Draw the missing regularization pictures and encode what is not cached; returns the folder of the former."""
     quieten()
+    check(cfg)
     with slurm.requeued(requeues(cfg)):
         tuning, data = prepare_data(cfg)
-        fit(make_trainer(cfg, Path(cfg.run_dir), [], max_steps=0), make_module(cfg, tuning), data, None)
+        fit(make_trainer(cfg, Path(cfg.run_dir), [], max_steps=0), make_module(cfg, tuning), data)
     return Path(cfg.model.data.regularization_dir)
 
 
@@ -151,11 +162,11 @@ def counts_epochs(cfg: DictConfig) -> bool:
     return epochs not in (None, -1)
 
 
-def fit(trainer: pl.Trainer, module: DreamBoothModule, data: DreamBoothDataModule, resume: Path | None) -> None:
+def fit(trainer: pl.Trainer, module: DreamBoothModule, data: DreamBoothDataModule) -> None:
     """``trainer.fit``, where Ctrl-C and SIGTERM say in one line where the run stands and end with their usual codes."""
     with ended_by_sigterm(trainer):
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=resume)
+            trainer.fit(module, datamodule=data)
         except SystemExit as end:
             folder = Path(trainer.default_root_dir)
             kept = newest(folder / FOLDER, module.base)
@@ -203,4 +214,6 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
     # Cached latents need no loader processes; and Lightning 2.6 asks torch 2.9 and later in a way that torch dislikes.
     warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck.*")
+    # DeepSpeed clips by itself, and Lightning warns of the hook that it never needs.
+    warnings.filterwarnings("ignore", ".*Since DeepSpeed handles gradient clipping internally.*")
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*", FutureWarning)

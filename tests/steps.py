@@ -9,11 +9,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from dreambooth import compose, train
-from dreambooth.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from dreambooth.callbacks.checkpoint import Checkpoint
 from dreambooth.data.pairs import Bucket, Role, Stream
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.module import DreamBoothModule
 from dreambooth.objective import Diffusion
+from dreambooth.parallel.checkpoint import Resume
+from dreambooth.parallel.tensors import read
 from dreambooth.tasks import quieten
 from dreambooth.tuning.full import Full
 
@@ -38,7 +40,7 @@ class Latents(pl.LightningDataModule):
         photos: Path | None = None,
     ) -> None:
         super().__init__()
-        self.family, self.size, self.seed, self.text, self.photos = family, size, seed, text, photos
+        self.family, self.micro_batch_size, self.seed, self.text, self.photos = family, size, seed, text, photos
         g = torch.Generator().manual_seed(7)
         self.moments = {"instance": torch.randn(5, 8, 8, 8, generator=g)}
         if prior:
@@ -68,7 +70,7 @@ class Latents(pl.LightningDataModule):
                 conds = None if self.text else {PROMPTS[name]: self.family.encode_prompts([PROMPTS[name]])}
             roles.append(Role(name, [PROMPTS[name]] * len(paths), paths, known, conds))
         how: dict[str, Any] = {"center_crop": True, "random_flip": False}
-        return Stream([Bucket(32, [roles])], micro_batch_size=self.size, seed=self.seed, **how, **place)
+        return Stream([Bucket(32, [roles])], micro_batch_size=self.micro_batch_size, seed=self.seed, **how, **place)
 
 
 def module_of(
@@ -115,16 +117,17 @@ def run(
         "use_distributed_sampler": False,
         **trainer,
     }
-    trainer_ = pl.Trainer(max_steps=steps, callbacks=[Rows(), *(callbacks or [])], **options)
-    trainer_.strategy.checkpoint_io = AtomicCheckpointIO()
+    resumed = [Resume(resume)] if resume else []
+    trainer_ = pl.Trainer(max_steps=steps, callbacks=[Rows(), *(callbacks or []), *resumed], **options)
     text = "text_encoder" in module.learned
     data = Latents(module.family, size, module.seed, prior, text, poison, photos)
-    trainer_.fit(module, datamodule=data, ckpt_path=resume)
+    trainer_.fit(module, datamodule=data)
     return trainer_, rows
 
 
 def trained(steps: int, *settings: str) -> dict[str, torch.Tensor]:
-    """The state of what learned after so many steps, begun or gone on with, and nothing else beside the checkpoint."""
+    """What learned in so many steps, begun or gone on with, and its averages; no file but the checkpoint."""
     less = [f"callbacks.{name}=null" for name in ("sample_grid", "evaluate", "export", "report")]
     done = train(compose([*settings, *less, f"trainer.max_steps={steps}"]))
-    return torch.load(done.folder / f"checkpoints/step_{steps:06d}.ckpt", weights_only=True)["state_dict"]
+    state = read(done.folder / f"checkpoints/step_{steps:06d}.ckpt", "")
+    return {name: value for name, value in state.items() if not name.startswith("optimizer/")}

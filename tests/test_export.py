@@ -17,6 +17,7 @@ from dreambooth.callbacks.metrics_csv import COLUMNS, read_rows
 from dreambooth.config import compose
 from dreambooth.errors import UserError
 from dreambooth.families.sd import StableDiffusion
+from dreambooth.parallel.tensors import read
 from dreambooth.sampling import draw, picture_seed
 from dreambooth.tasks import RunResult, train
 from tests.tiny import RESOLUTION, short_run
@@ -105,13 +106,13 @@ def test_the_first_grid_is_the_untouched_model(finished: RunResult, tiny_sd: Pat
 
 def test_the_pipeline_draws_elsewhere_what_the_averaged_weights_draw_here(finished: RunResult, tmp_path: Path) -> None:
     folder = finished.folder
-    checkpoint = torch.load(next((folder / "checkpoints").glob("*.ckpt")), weights_only=True)["state_dict"]
+    checkpoint = next((folder / "checkpoints").glob("*.ckpt"))
     family = StableDiffusion(str(folder / "pipeline"))
-    weights = list(family.unet.parameters())
-    averaged = [value for name, value in checkpoint.items() if name.startswith("ema.")]
-    assert len(weights) == len(averaged)
-    assert all(torch.equal(*pair) for pair in zip(weights, averaged, strict=True))
-    assert not all(torch.equal(*pair) for pair in zip(weights, checkpoint.values(), strict=False))
+    weights = {f"unet.{name}": weight for name, weight in family.unet.named_parameters()}
+    averaged, last = read(checkpoint, "averages/"), read(checkpoint, "weights/")
+    assert weights.keys() == averaged.keys() == last.keys()
+    assert all(torch.equal(weight, averaged[name]) for name, weight in weights.items())
+    assert not all(torch.equal(weight, last[name]) for name, weight in weights.items())
 
     code = f"""
 import sys, torch

@@ -2,37 +2,24 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from dreambooth.errors import UserError
-from dreambooth.files import atomic, sweep
+from dreambooth.files import sweep
+from dreambooth.parallel.checkpoint import save
+from dreambooth.parallel.tensors import read_notes
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"  # in the run folder, which is the trainer's default_root_dir
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, then renames. (Lightning's own holds the bytes in memory and moves them from /tmp.)"""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
-
-    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class Checkpoint(pl.callbacks.Checkpoint):
     """Saves ``checkpoints/step_000100.ckpt`` every ``every_n_train_steps`` and at the end.
 
     Keeps the ``save_last_k`` newest (-1: all). A file holds what learns, its averages, the optimizer, the schedule and
-    the loop's counters, in plain tensors and numbers, and no frozen weights. (Lightning runs callbacks of this base
-    class after all others.)
+    the step by name (``parallel/checkpoint.py``), so that another strategy or number of ranks can go on from it, and no
+    frozen weights. (Lightning runs callbacks of this base class after all others.)
     """
 
     def __init__(self, every_n_train_steps: int = 100, save_last_k: int = 1) -> None:
@@ -40,7 +27,6 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.saved: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero:
             sweep(Path(trainer.default_root_dir) / FOLDER)
 
@@ -60,7 +46,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
             return
         self.saved = trainer.global_step
         folder = Path(trainer.default_root_dir) / FOLDER
-        trainer.save_checkpoint(folder / f"step_{self.saved:06d}.ckpt")
+        save(trainer, trainer.lightning_module, folder / f"step_{self.saved:06d}.ckpt")
         if self.save_last_k > 0 and trainer.is_global_zero:
             for old in checkpoints(folder)[: -self.save_last_k]:
                 old.unlink()
@@ -80,7 +66,7 @@ def newest(folder: Path, base: str) -> Path | None:
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["base"]
+            stored = read_notes(path)["base"]
         except Exception as error:  # whatever a damaged file makes of the reader
             log.warning("%s is damaged (%s): going on from the one before it", path, type(error).__name__)
             continue

@@ -85,13 +85,12 @@ class Evaluate(pl.Callback):
         if self._measured() != trainer.global_step:
             self._measure(trainer, pl_module)
         best = self.tradeoff.best()
-        if not trainer.is_global_zero:
-            return
         if best != trainer.global_step:
             log.info("step %d has the best trade-off of likeness and drift: it is kept and exported", best)
             pl_module.settle_on(load_file(folder / BEST))
         self._draw_set(trainer, pl_module, "after")
-        self._write(folder / FOLDER, best, trainer.max_steps)
+        if trainer.is_global_zero:
+            self._write(folder / FOLDER, best, trainer.max_steps)
 
     def _read(self, trainer: pl.Trainer) -> None:
         """Take up the curves of this run; only the first rank reads, as it alone writes them."""
@@ -106,18 +105,19 @@ class Evaluate(pl.Callback):
         """One row of the curves; the weights are kept when none before was better."""
         folder, step = Path(trainer.default_root_dir), trainer.global_step
         means = dict.fromkeys(COLUMNS[1:-1])
-        if trainer.is_global_zero:
-            with self._at_work(trainer, pl_module):
+        with self._at_work(trainer, pl_module) as works:
+            if works:
                 pictures = describe(measure.wanted(self.curve, self.subjects), self.curve, "", "", self.resolution)
                 rows = measure.picture_rows(Path("curve"), pictures, self.subjects)
                 means = self.suite.summary(
                     measure.score(self.suite, rows, self._draw(pl_module, pictures), self.subjects)
                 )
         row = self.tradeoff.add(step, trainer.strategy.broadcast(means))
-        if trainer.is_global_zero:
-            if step and self.every and self.tradeoff.best() == step:
-                with pl_module.averaged():
+        if step and self.every and self.tradeoff.best() == step:
+            with pl_module.averaged():
+                if trainer.is_global_zero:
                     self._keep(pl_module, folder / BEST)
+        if trainer.is_global_zero:
             write_curves(folder / CURVES, self.tradeoff.rows)
             tell(trainer, {f"evaluate/{name}": value for name, value in row.items() if name != "step"}, step)
 
@@ -128,9 +128,9 @@ class Evaluate(pl.Callback):
         return drawn
 
     def _draw_set(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:
-        if not trainer.is_global_zero:
-            return
-        with self._at_work(trainer, pl_module):
+        with self._at_work(trainer, pl_module) as works:
+            if not works:
+                return
             family = pl_module.family
             asked = measure.wanted(self.final, self.subjects)
             pictures = describe(asked, self.final, "", family.fingerprint(fresh=True), self.resolution)
@@ -158,13 +158,20 @@ class Evaluate(pl.Callback):
             trainer.should_stop = True
 
     @contextmanager
-    def _at_work(self, trainer: pl.Trainer, pl_module: Any) -> Iterator[None]:
-        """Averaged weights in place, networks and encoders on the device; the encoders rest on the CPU otherwise."""
+    def _at_work(self, trainer: pl.Trainer, pl_module: Any) -> Iterator[bool]:
+        """Averaged weights in place, networks and encoders on the device; the encoders rest on the CPU otherwise.
+
+        All ranks enter together; whether this one works.
+        """
         began, device = time.perf_counter(), trainer.strategy.root_device
-        with pl_module.finished(), on_device(pl_module.family, device):
-            self.suite.move(device)
-            yield
-            self.suite.move(torch.device("cpu"))
+        with pl_module.finished():
+            if not trainer.is_global_zero:
+                yield False
+                return
+            with on_device(pl_module.family, device):
+                self.suite.move(device)
+                yield True
+                self.suite.move(torch.device("cpu"))
         self.seconds += time.perf_counter() - began
 
     def _keep(self, pl_module: Any, path: Path) -> None:

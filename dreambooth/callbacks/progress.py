@@ -9,6 +9,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 
+from dreambooth.callbacks.metrics_csv import samples_per_step
+
 log = logging.getLogger(__name__)
 
 
@@ -52,8 +54,10 @@ class Progress(ProgressBar):
             self._bar.update(step - self._bar.n)
             return
         rate = (step - self._first) / (now - self._began)
+        samples = rate * samples_per_step(trainer, batch)
         left = tqdm.format_interval((trainer.max_steps - step) / rate)
-        log.info("step %d/%d, loss %.4f, %.2f steps/s, %s left", step, trainer.max_steps, loss, rate, left)
+        line = "step %d/%d, loss %.4f, %.2f steps/s, %.3g samples/s, %s left"
+        log.info(line, step, trainer.max_steps, loss, rate, samples, left)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()

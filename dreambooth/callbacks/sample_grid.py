@@ -63,15 +63,17 @@ class SampleGrid(pl.Callback):
 
     def _sample(self, trainer: pl.Trainer, pl_module: Any) -> None:
         path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:06d}.png"
-        if not trainer.is_global_zero or path.exists():
+        if trainer.strategy.broadcast(path.exists()):
             return
         began = time.perf_counter()
-        with pl_module.finished(), on_device(pl_module.family, trainer.strategy.root_device):
-            rows = self._draw(pl_module.family)
-        grid = labelled_grid(rows, self.prompts)
-        with atomic(path) as temporary:
-            grid.save(temporary, format="PNG")
-        show(trainer, "samples", grid, trainer.global_step)
+        with pl_module.finished():
+            if trainer.is_global_zero:
+                with on_device(pl_module.family, trainer.strategy.root_device):
+                    rows = self._draw(pl_module.family)
+                grid = labelled_grid(rows, self.prompts)
+                with atomic(path) as temporary:
+                    grid.save(temporary, format="PNG")
+                show(trainer, "samples", grid, trainer.global_step)
         self.seconds += time.perf_counter() - began
 
     def _draw(self, family: Family) -> list[list[Image.Image]]:

@@ -16,7 +16,7 @@ import torch
 
 from dreambooth import __version__
 from dreambooth.callbacks.evaluate import Evaluate
-from dreambooth.callbacks.metrics_csv import metrics_path, read_rows
+from dreambooth.callbacks.metrics_csv import metrics_path, read_rows, samples_per_step
 from dreambooth.callbacks.sample_grid import SampleGrid, training_clock
 from dreambooth.evaluation import FOLDER, METRICS
 from dreambooth.files import atomic
@@ -36,7 +36,7 @@ class Summary(pl.Callback):
     def __init__(self) -> None:
         self._resumed_from: int | None = None
         self._train = 0.0
-        self._steps = 0
+        self._steps = self._samples = 0
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -46,7 +46,10 @@ class Summary(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._first, self._clock = trainer.global_step, training_clock(trainer)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        self._samples = samples_per_step(trainer, batch)
         self._train, self._steps = training_clock(trainer) - self._clock, trainer.global_step - self._first
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,6 +70,7 @@ class Summary(pl.Callback):
             "steps": trainer.global_step,
             "resumed_from": self._resumed_from,
             "steps_per_second": round(self._steps / self._train, 3) if self._steps else None,
+            "samples_per_second": round(self._steps * self._samples / self._train, 3) if self._steps else None,
             "peak_memory_mb": round(peak_memory_mb(trainer.strategy.root_device)),
             **counts,
             "final": {name: _mean(values) for name, values in losses.items()},

@@ -1,0 +1,109 @@
+"""One kind of checkpoint, by parameter name: written and read by any strategy, on any number of ranks."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from dreambooth.errors import UserError
+from dreambooth.files import atomic
+from dreambooth.parallel import tensors
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+def save(trainer: pl.Trainer, module: Any, path: Path) -> None:
+    """Write all that a run needs to go on; all ranks call it at the end of the same step, the first one writes."""
+    notes: dict[str, Any] = {
+        "format": FORMAT,
+        "base": module.base,
+        "global_step": trainer.global_step,
+        "world": trainer.world_size,
+        "global_size": global_size(trainer),
+        "strategy": type(trainer.strategy).__name__,
+        "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "groups": module.layout.groups(),
+        "data": trainer.datamodule.state_dict(),
+        "precision": trainer.precision_plugin.state_dict(),
+        "callbacks": {each.state_key: state for each in _callbacks(trainer) if (state := each.state_dict())},
+    }
+    for callback in _callbacks(trainer):
+        callback.on_save_checkpoint(trainer, module, notes)
+    entries = module.layout.entries()
+    if trainer.is_global_zero:
+        with atomic(path) as temporary:
+            tensors.write(temporary, entries, notes)
+    else:
+        tensors.take_part(entries)
+    trainer.strategy.barrier()
+
+
+def load(trainer: pl.Trainer, module: Any, path: Path, any_batch: bool = False) -> None:
+    """Go on from a checkpoint, once the strategy has set up weights and optimizer; all ranks read it themselves.
+
+    Raises:
+        UserError: it is of another format, or holds parameters, averages or groups that this run has not, or another
+            global batch.
+    """
+    notes = tensors.read_notes(path)
+    if notes.get("format") != FORMAT:
+        raise UserError(f"{path} has another format than this version reads: type resume=false to begin afresh")
+    if not any_batch and notes["global_size"] != (size := global_size(trainer)):
+        raise UserError(
+            f"{path}: its steps saw {notes['global_size']} pictures of each role, these would see {size}: change "
+            "model.micro_batch_size or trainer.accumulate_grad_batches with the number of ranks, or type resume=false"
+        )
+    weights, averages = tensors.read(path, "weights/"), tensors.read(path, "averages/")
+    named = module.layout.named()
+    if set(weights) != set(named) or (module.ema is not None and set(averages) != set(named)):
+        raise UserError(
+            f"{path} holds other parameters or averages than this run lets learn: type the settings that it was "
+            "trained with, or resume=false to begin afresh"
+        )
+    if len(notes["groups"]) != len(module.layout.groups()):
+        raise UserError(f"{path} has other groups of parameters than model.optim makes now: type resume=false")
+    module.layout.set_weights(weights, averages)
+    module.layout.set_states(tensors.read(path, "optimizer/"), notes["groups"])
+    for config, state in zip(trainer.lr_scheduler_configs, notes["schedules"], strict=True):
+        config.scheduler.load_state_dict(state)
+    if trainer.datamodule is not None:
+        trainer.datamodule.load_state_dict(notes["data"])
+    trainer.precision_plugin.load_state_dict(notes["precision"])
+    _count(trainer, notes["global_step"])
+    for callback in _callbacks(trainer):
+        callback.on_load_checkpoint(trainer, module, notes)
+        if state := notes["callbacks"].get(callback.state_key):
+            callback.load_state_dict(state)
+    before = (notes["world"], notes["strategy"])
+    if before != (now := (trainer.world_size, type(trainer.strategy).__name__)):
+        log.info("going on with %d ranks of %s from a checkpoint of %d of %s", *now, *before)
+
+
+class Resume(pl.Callback):
+    """Goes on from a checkpoint before the first step; one of another global batch only to look at it."""
+
+    def __init__(self, path: Path, any_batch: bool = False) -> None:
+        self.path, self.any_batch = path, any_batch
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        load(trainer, pl_module, self.path, self.any_batch)
+
+
+def global_size(trainer: Any) -> int:
+    """How many pictures of each role an optimizer step sees: a run keeps it, whatever the ranks."""
+    return int(trainer.datamodule.micro_batch_size * trainer.world_size * trainer.accumulate_grad_batches)
+
+
+def _callbacks(trainer: Any) -> list[pl.Callback]:
+    return list(trainer.callbacks)
+
+
+def _count(trainer: Any, step: int) -> None:
+    """Set Lightning's counters to the end of an optimizer step, whatever number of batches makes one now."""
+    loop = trainer.fit_loop.epoch_loop
+    steps, batches = loop.automatic_optimization.optim_progress.optimizer.step.total, loop.batch_progress.total
+    steps.ready = steps.completed = step
+    batches.ready = batches.started = batches.processed = batches.completed = step * trainer.accumulate_grad_batches

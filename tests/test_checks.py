@@ -1,0 +1,67 @@
+"""What a strategy cannot do is said in one line, before anything is loaded or written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreambooth import UserError, compose, train
+from dreambooth.parallel import checks, zero
+from dreambooth.run_folder import open_run
+
+GPUS = "trainer.accelerator=gpu"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "words"),
+    [
+        ([GPUS], 0, ["there is no GPU here", "trainer.accelerator=cpu"]),
+        ([GPUS, "trainer.devices=4"], 2, ["trainer.devices=4", "2 GPUs"]),
+        ([GPUS, "trainer.devices=[0,2]"], 2, ["trainer.devices=[0, 2]", "2 GPUs"]),
+        (["trainer.devices=4"], 2, ["trainer.devices=4", "2 GPUs"]),
+        (["strategy=fsdp", "trainer.precision=16-mixed"], 0, ["16-mixed", "fsdp", "bf16-mixed"]),
+        (["strategy=deepspeed_2", "trainer.precision=16-mixed"], 2, ["16-mixed", "bf16-mixed"]),
+        (["strategy=fsdp", "model/optim=adafactor"], 0, ["model.optim", "strategy=fsdp", "model/optim=adamw"]),
+        (["strategy=fsdp", "model/tuning=textual_inversion"], 0, ["model/tuning", "strategy=ddp"]),
+        (["strategy=deepspeed_3", "model.prior=teacher"], 2, ["model.prior=teacher", "strategy=ddp"]),
+        (
+            ["strategy=fsdp", "model.tuning.stop_text_encoder_at=2", "model.train_text_encoder=true"],
+            0,
+            ["stop_text_encoder_at", "strategy=ddp"],
+        ),
+        (["strategy=deepspeed_2"], 0, ["needs a GPU", "strategy=fsdp"]),
+        (["strategy=deepspeed_3", "trainer.accelerator=cpu"], 2, ["needs a GPU"]),
+        (["strategy=deepspeed_3_offload", "model.ema.decay=0.9"], 2, ["model.ema.decay", "strategy=deepspeed_2"]),
+        (["strategy=deepspeed_1", "+trainer.gradient_clip_algorithm=value"], 2, ["gradient_clip_algorithm", "norm"]),
+    ],
+)
+def test_what_cannot_be_done(
+    overrides: list[str], gpus: int, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    with pytest.raises(UserError) as caught:
+        train(compose([*overrides, f"hydra.run.dir={tmp_path / 'run'}"]))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_is_missing_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"strategy=deepspeed_2 .* pip install 'dreambooth\[deepspeed\]'"):
+        checks.check(compose(["strategy=deepspeed_2"]))
+
+
+def test_a_folder_may_be_gone_on_with_by_other_ranks(tmp_path: Path) -> None:
+    """The way of sharing may change in a folder; its settings say the last one."""
+    folder = f"hydra.run.dir={tmp_path}"
+    cfg = compose([folder])
+    open_run(cfg, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    other = compose([folder, "strategy=fsdp", "trainer.devices=2", "model.micro_batch_size=2"])
+    assert open_run(other, tmp_path).summary is None
+    assert "FsdpStrategy" in (tmp_path / "config.yaml").read_text()
+    with pytest.raises(UserError, match="other settings"):
+        open_run(compose([folder, "strategy=ddp", "model.optim.lr=1"]), tmp_path)
