@@ -17,8 +17,8 @@ from dreambooth.errors import UserError
 from dreambooth.families.base import Family, recompute_activations
 from dreambooth.noise import gaussian, seed_of, stratified
 from dreambooth.objective import Objective, Weighting
-from dreambooth.optimizers import evaluated
-from dreambooth.parallel.layout import Layout, layout_of, whole
+from dreambooth.optimizers import clip, evaluated
+from dreambooth.parallel.layout import Layout, layout_of
 from dreambooth.reader import Reader
 from dreambooth.teacher import Teacher
 from dreambooth.tuning.base import Tuning
@@ -180,29 +180,12 @@ class DreamBoothModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, and skip the update when a gradient is not finite (as GradScaler does, but for every precision).
-
-        An optimizer that follows torch's protocol for GradScaler (a fused one) does both inside its own pass over the
-        weights, from two numbers that stay on the device.
-        """
-        for weight in self.tuning.waiting(self.trainer.global_step, self.trainer.max_steps):
-            weight.grad = None  # so neither updated nor decayed; it had one as DDP waits for all
+        """Clip, and skip the update when a gradient is not finite, unless the strategy does both by itself."""
         if self.layout.clips:
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-        by_value = gradient_clip_algorithm == "value"
-        if gradient_clip_val and by_value:
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        if getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaled:
-            found_inf = (~norm.isfinite()).float()
-            scale = (norm / gradient_clip_val).clamp(min=1) if gradient_clip_val and not by_value else None
-            optimizer.found_inf, optimizer.grad_scale = found_inf, scale  # type: ignore[attr-defined]
-            return
-        if gradient_clip_val and not by_value:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        if not self.scaled and not norm.isfinite():
-            optimizer.zero_grad(set_to_none=True)  # no gradient, no update
+        for weight in self.tuning.waiting(self.trainer.global_step, self.trainer.max_steps):
+            weight.grad = None  # so neither updated nor decayed; it had one as DDP waits for all
+        self.grad_norm = clip(optimizer, gradient_clip_val, gradient_clip_algorithm == "value", self.scaled)
 
     @property
     def scaled(self) -> bool:

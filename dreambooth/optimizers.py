@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dreambooth.errors import UserError
+from dreambooth.parallel.layout import whole
 
 
 def checked(optim: "partial[Optimizer]") -> "partial[Optimizer]":
@@ -67,3 +69,26 @@ def evaluated(optimizer: Optimizer | None, weights: list[torch.nn.Parameter]) ->
         optimizer.train()
         for weight, value in zip(weights, kept, strict=True):
             weight.data.copy_(value)
+
+
+def clip(optimizer: Optimizer, most: float | None, by_value: bool, scaled: bool) -> Tensor:
+    """Clip the gradients to ``most``, and skip the update when one is not finite; their norm before that.
+
+    As GradScaler does, but for every precision: where the loss is ``scaled``, it does the skipping. An optimizer that
+    follows torch's protocol for GradScaler (a fused one) does both inside its own pass over the weights, from two
+    numbers that stay on the device.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    if most and by_value:
+        torch.nn.utils.clip_grad_value_(parameters, most)
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaled:
+        found_inf = (~norm.isfinite()).float()
+        scale = (norm / most).clamp(min=1) if most and not by_value else None
+        optimizer.found_inf, optimizer.grad_scale = found_inf, scale  # type: ignore[attr-defined]
+        return norm
+    if most and not by_value:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    if not scaled and not norm.isfinite():
+        optimizer.zero_grad(set_to_none=True)  # no gradient, no update
+    return norm

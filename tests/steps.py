@@ -6,7 +6,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from dreambooth import compose, train
@@ -16,6 +15,7 @@ from dreambooth.families.sd import StableDiffusion
 from dreambooth.module import DreamBoothModule
 from dreambooth.objective import Diffusion
 from dreambooth.parallel.checkpoint import Resume
+from dreambooth.parallel.tensors import read
 from dreambooth.tasks import quieten
 from dreambooth.tuning.full import Full
 
@@ -126,8 +126,8 @@ def run(
 
 
 def trained(steps: int, *settings: str) -> dict[str, torch.Tensor]:
-    """The state of what learned after so many steps, begun or gone on with, and nothing else beside the checkpoint."""
+    """What learned in so many steps, begun or gone on with, and its averages; no file but the checkpoint."""
     less = [f"callbacks.{name}=null" for name in ("sample_grid", "evaluate", "export", "report")]
     done = train(compose([*settings, *less, f"trainer.max_steps={steps}"]))
-    kept = load_file(done.folder / f"checkpoints/step_{steps:06d}.ckpt")
-    return {name: value for name, value in kept.items() if name.startswith("weights/")}
+    state = read(done.folder / f"checkpoints/step_{steps:06d}.ckpt", "")
+    return {name: value for name, value in state.items() if not name.startswith("optimizer/")}

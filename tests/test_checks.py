@@ -22,6 +22,7 @@ GPUS = "trainer.accelerator=gpu"
         (["strategy=fsdp", "trainer.precision=16-mixed"], 0, ["16-mixed", "fsdp", "bf16-mixed"]),
         (["strategy=deepspeed_2", "trainer.precision=16-mixed"], 2, ["16-mixed", "bf16-mixed"]),
         (["strategy=fsdp", "model/optim=adafactor"], 0, ["model.optim", "strategy=fsdp", "model/optim=adamw"]),
+        (["strategy=fsdp", "model/tuning=textual_inversion"], 0, ["model/tuning", "strategy=ddp"]),
         (["strategy=deepspeed_3", "model.prior=teacher"], 2, ["model.prior=teacher", "strategy=ddp"]),
         (
             ["strategy=fsdp", "model.tuning.stop_text_encoder_at=2", "model.train_text_encoder=true"],

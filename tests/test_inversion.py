@@ -21,6 +21,7 @@ from dreambooth.config import compose
 from dreambooth.errors import UserError
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.generation import generate
+from dreambooth.parallel.tensors import read
 from dreambooth.picture_files import read_settings
 from dreambooth.sampling import draw
 from dreambooth.tasks import train
@@ -77,14 +78,14 @@ def test_every_way(name: str, prior: bool, cached: bool, tiny_sd: Path, photos: 
     assert all(torch.equal(value, before[key]) for key, value in frozen(module).items())
 
     # From every step, in another process' place.
-    states = [load_file(path) for path in sorted((tmp_path / "checkpoints").glob("*.ckpt"))]
+    paths = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
     for step in (1, 2):
         resumed = make()
         path = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
         _, again = run(resumed, 3, callbacks=[Ema(0.5)], resume=path, **options)
         assert again[-1]["loss"] == rows[-1]["loss"]
         assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in module.state_dict().items())
-    check_when(name, start, states)
+    check_when(name, start, paths)
 
     # What others draw with it.
     exported = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None)
@@ -104,18 +105,15 @@ def test_every_way(name: str, prior: bool, cached: bool, tiny_sd: Path, photos: 
     assert (word, rows_of_it.shape) == ("sks", (module.tuning.word.table.rows.shape))
 
 
-def check_when(name: str, start: dict[str, torch.Tensor], states: list[dict[str, torch.Tensor]]) -> None:
+def check_when(name: str, start: dict[str, torch.Tensor], paths: list[Path]) -> None:
     """What learned in which step: the word until it stops, the adapters from the first step on, or once it has."""
-    weights = [
-        start,
-        *({f"learned.{key.removeprefix('weights/')}": value for key, value in state.items()} for state in states),
-    ]
+    weights = [start, *({f"learned.{key}": value for key, value in read(path, "weights/").items()} for path in paths)]
     for step, (old, new) in enumerate(pairwise(weights)):
         word = name in ("textual inversion", "three vectors") or step < (2 if name == "pivotal" else 1)
         assert torch.equal(old[f"learned.{ROWS}"], new[f"learned.{ROWS}"]) != word, step
         later = [not torch.equal(old[key], new[key]) for key in start if ".lora_B." in key]
         assert all(value == (name == "pivotal" or step > 0) for value in later), step
-    moments = sum(value.numel() for key, value in states[0].items() if key.startswith("optimizer/"))
+    moments = sum(value.numel() for value in read(paths[0], "optimizer/").values())
     if name == "textual inversion":
         assert moments == 2 * start[f"learned.{ROWS}"].numel() + 1  # Adam's two, and its count of steps
 

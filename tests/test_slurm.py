@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from dreambooth.parallel.tensors import read
-from dreambooth.parallel.tensors import read
 from tests.slurm import Cluster, missing, running_cluster
 from tests.tiny import short_run
 

@@ -26,8 +26,8 @@ def save(trainer: pl.Trainer, module: Any, path: Path) -> None:
         "strategy": type(trainer.strategy).__name__,
         "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "groups": module.layout.groups(),
+        "data": trainer.datamodule.state_dict(),
         "precision": trainer.precision_plugin.state_dict(),
-        "data": trainer.datamodule.state_dict(),  # type: ignore[attr-defined]
         "callbacks": {each.state_key: state for each in _callbacks(trainer) if (state := each.state_dict())},
     }
     for callback in _callbacks(trainer):
@@ -69,8 +69,9 @@ def load(trainer: pl.Trainer, module: Any, path: Path, any_batch: bool = False) 
     module.layout.set_states(tensors.read(path, "optimizer/"), notes["groups"])
     for config, state in zip(trainer.lr_scheduler_configs, notes["schedules"], strict=True):
         config.scheduler.load_state_dict(state)
+    if trainer.datamodule is not None:
+        trainer.datamodule.load_state_dict(notes["data"])
     trainer.precision_plugin.load_state_dict(notes["precision"])
-    trainer.datamodule.load_state_dict(notes["data"])  # type: ignore[attr-defined]
     _count(trainer, notes["global_step"])
     for callback in _callbacks(trainer):
         callback.on_load_checkpoint(trainer, module, notes)

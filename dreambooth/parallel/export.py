@@ -43,7 +43,7 @@ def export(cfg: DictConfig) -> Exported | None:
     if (run / "summary.json").exists():
         raise UserError(f"{run} is finished: what it exported is there already")
     own: Any = OmegaConf.load(run / CONFIG)
-    module = make_module(own, build(own.model.family))
+    module = make_module(own, build(own.model.tuning)(build(own.model.family)))
     kept = newest(run / FOLDER, module.base)
     if kept is None:
         raise UserError(f"{run} has no checkpoint yet: let it train until callbacks.checkpoint.every_n_train_steps")
