@@ -112,7 +112,7 @@ def test_a_job_of_two_nodes_that_is_preempted_ends_with_the_weights_of_one_that_
     assert 3 <= stopped < STEPS
     for run in (struck, whole):
         assert [int(row["step"]) for row in rows_of(run / "metrics.csv")] == list(range(1, STEPS + 1))
-    expected, found = state(whole), state(struck)
+    expected, found = weights(whole), weights(struck)
     assert expected.keys() == found.keys()
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
 

@@ -1,7 +1,6 @@
 """The pictures of subjects and of their classes, ready for training: checked, drawn, encoded, in order."""
 
 import logging
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from dreambooth.data.annotations import Annotations
 from dreambooth.data.buckets import bucket_shapes, pools
 from dreambooth.data.classes import Drawing
 from dreambooth.data.encoder import Encoder
+from dreambooth.data.loader import loader
 from dreambooth.data.pairs import Bucket, Role, Stream
 from dreambooth.data.sources import INSTANCE, REGULARIZATION, Source, class_prompts, sources_of
 from dreambooth.data.views import Shape, View, draw_view
@@ -177,14 +177,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The endless stream from the trainer's step on; it has no length, so Lightning keeps no place in it."""
-        several = self.num_workers > 0
-        return DataLoader(
-            self.stream(),
-            None,
-            num_workers=self.num_workers,
-            persistent_workers=several,
-            worker_init_fn=outlive_signals,
-        )
+        return loader(self.stream(), self.num_workers)
 
     def stream(self) -> IterableDataset:
         """The micro-batches of this rank."""
@@ -212,7 +205,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     @property
     def epoch_size(self) -> int:
-        """How many photos an epoch counts: each one ``train_data_repeats`` times."""
+        """How many photos an epoch counts: each ``train_data_repeats`` times."""
         return self.train_data_repeats * sum(len(self.beside.pictures(source)) for source in self.instances)
 
     @property
@@ -225,11 +218,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
     def shared(self) -> dict[str, Any]:
         """How the ranks share work, as ``regularization.fill`` and ``latents.gather`` take it."""
         assert self.trainer is not None
-        return {
-            "rank": self.trainer.global_rank,
-            "world": self.trainer.world_size,
-            "barrier": self.trainer.strategy.barrier,
-        }
+        trainer = self.trainer
+        return {"rank": trainer.global_rank, "world": trainer.world_size, "barrier": trainer.strategy.barrier}
 
     def views(self, content: str) -> list[View]:
         """The cached crops and flips of a picture, drawn from the seed and the hash of its bytes."""
@@ -258,13 +248,3 @@ class DreamBoothDataModule(pl.LightningDataModule):
             log.warning("each picture keeps one random crop and flip; model.data.cached_variants=8 gives it eight")
         outcome = f"ready, {' and '.join(made)}" if made else "found, nothing to make"
         log.info("%s %s", " and ".join(found) or "photos", outcome)
-
-
-def outlive_signals(worker: int) -> None:
-    """Let a loader's process live on when its rank is told to stop, which has a step to end first.
-
-    A terminal and SLURM send their signals to it, too. After TERM it ends half a minute later, lest nobody ends it.
-    """
-    for sign in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(sign, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
