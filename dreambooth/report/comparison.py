@@ -18,7 +18,7 @@ from dreambooth.run_folder import MISSING, flatten, irrelevant
 
 WALL = 12, 8  # prompts and runs whose pictures stand beside each other
 STYLES = 8  # colours of the curves; further ones are dashed
-FOLLOWS = ("run_dir", "infer.", "report.")
+FOLLOWS = ("run_dir", "infer.", "report.", "model.data.cached_")
 
 
 @dataclass(frozen=True)
