@@ -111,8 +111,8 @@ def test_any_other_optimizer_by_its_class(tiny_sd: Path) -> None:
 def test_settings_that_undo_an_optimizer_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.ema\.decay"):
         compose(["model/optim=schedule_free", "model.ema.decay=0.9"])
-    with pytest.raises(UserError, match=r"type model\.optim\.lr=1$"):  # a recipe's rate is AdamW's
-        compose(["model/optim=prodigy", "experiment=nemo_sd15_lora", "model.data.instance_dir=photos"])
+    with pytest.raises(UserError, match=r"type model\.optim\.lr=1$"):  # a rate that is AdamW's
+        compose(["model/optim=prodigy", "model.optim.lr=1e-5"])
     with pytest.raises(UserError, match=r"model\.tuning\.text_encoder_lr: Prodigy"):
         compose(["model/optim=prodigy", "model.train_text_encoder=true", "model.tuning.text_encoder_lr=1e-5"])
     assert compose(["model/optim=prodigy"]).model.optim.lr == 1.0

@@ -90,9 +90,14 @@ class MetricsCsv(pl.Callback):
             tell(self._trainer, told | {"train/samples_per_second": row.samples / row.seconds}, row.step)
 
 
-def samples_per_step(trainer: pl.Trainer, batch: dict[str, Any]) -> int:
-    """How many pictures, of both roles, an optimizer step sees on all ranks, when each gets such batches."""
-    return len(batch["index"]) * trainer.world_size * trainer.accumulate_grad_batches
+def samples_per_step(trainer: pl.Trainer, batch: Any) -> int:
+    """How many pictures, of both roles, an optimizer step sees on all ranks, when each gets such batches.
+
+    A pretraining's batch is a mere tick, whose pictures it draws itself: 1.
+    """
+    return (
+        (len(batch["index"]) if isinstance(batch, dict) else 1) * trainer.world_size * trainer.accumulate_grad_batches
+    )
 
 
 def metrics_path(trainer: pl.Trainer) -> Path:

@@ -137,6 +137,10 @@ class AutocastPrecision(DeepSpeedPrecision):
     def convert_input(self, data: Any) -> Any:
         return data
 
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning has divided the loss by the number of micro-batches that make a step; the engine would again."""
+        super().backward(*args, scale_wrt_gas=False, **kwargs)
+
 
 class ZeroStrategy(DeepSpeedStrategy):
     """ZeRO with weights in float32 and torch's own optimizers, which need no compiler, also where they are offloaded.
