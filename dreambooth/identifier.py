@@ -57,7 +57,8 @@ def identifier(cfg: DictConfig) -> list[Identifier]:
     family.move(pick_device(cfg.trainer.accelerator))
     pipeline = family.to_pipeline()
     encoder.model.to(pick_device(cfg.trainer.accelerator))
-    asked = {**data.sampler, "negative_prompt": None, "seed": how.seed, "num_images_per_prompt": how.num_images}
+    counts = {"num_images_per_prompt": how.num_images, "batch_size": None}
+    asked = {**data.sampler, "negative_prompt": None, "seed": how.seed, **counts}
 
     def drawn(word: str) -> list[Image.Image]:
         prompt = " ".join(part for part in (before, word, after) if part)

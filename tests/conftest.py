@@ -14,6 +14,7 @@ import torch
 import transformers
 from PIL import Image, ImageDraw
 
+from dreambooth.run_folder import FOLDER_VARIABLE
 from tests.tiny import build_tiny_sd
 
 torch.set_num_threads(1)
@@ -24,6 +25,7 @@ transformers.utils.logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
     """What a test sets in the environment, in the working folder or in torch's modes ends with it."""
+    os.environ.pop(FOLDER_VARIABLE, None)  # of a run that a fixture made for several tests
     before, folder = dict(os.environ), Path.cwd()
     yield
     os.chdir(folder)

@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 def follow(progress: Progress, first: int, last: int) -> None:
     """What Lightning calls, for the steps after ``first`` of two micro-batches each."""
-    trainer: Any = SimpleNamespace(global_step=first, max_steps=last, accumulate_grad_batches=2)
+    trainer: Any = SimpleNamespace(global_step=first, max_steps=last, accumulate_grad_batches=2, world_size=1)
     progress.on_train_start(trainer, None)
     for batch in range(2 * (last - first)):
         trainer.global_step = first + (batch + 1) // 2

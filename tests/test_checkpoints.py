@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.objective import Diffusion
-from dreambooth.tuning import full
+from dreambooth.tuning.full import Full
 from tests.published import FIXTURES, build_published
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ CASES = {  # name: (fixture, variant, with a safety checker, dtype of the export
 
 def one_step(family: StableDiffusion) -> tuple[float, float]:
     """One optimizer step on a random picture: the loss before and after it."""
-    learned = full(family)
+    learned = Full(family).learned
     optimizer = torch.optim.AdamW(learned["unet"].parameters(), lr=1e-6, foreach=False)
     g = torch.Generator().manual_seed(0)
     moments = family.encode_pictures(torch.rand(2, 3, 64, 64, generator=g) * 2 - 1)

@@ -167,7 +167,7 @@ def test_a_resumed_run_has_the_curves_of_an_unbroken_one(finished, tiny_sd, tmp_
     (tmp_path / "run" / "curves.csv").write_text((finished.folder / "curves.csv").read_text())  # measured, then killed
     result = train(compose([*words, *save, "trainer.max_steps=5"]))
     assert [row for row in curves(result.folder) if row["step"] != "3"] == curves(finished.folder)
-    if result.summary["best_step"] == finished.summary["best_step"]:  # no picture of the shorter goal is left
+    if 3 < result.summary["best_step"] == finished.summary["best_step"]:  # no picture of the shorter goal is left
         assert result.summary["metrics"] == finished.summary["metrics"]
 
 

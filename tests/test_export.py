@@ -79,7 +79,8 @@ def test_a_run_leaves_what_the_contract_says(finished: RunResult, tiny_sd: Path)
         assert sum(quarters) / 4 == pytest.approx(float(row["loss"]), rel=1e-4)
     assert summary == json.loads((folder / "summary.json").read_text())
     assert list(summary) == [
-        *("seconds", "steps", "resumed_from", "steps_per_second", "peak_memory_mb", "num_instance"),
+        *("seconds", "steps", "resumed_from", "steps_per_second", "samples_per_second", "peak_memory_mb"),
+        "num_instance",
         *("num_regularization", "regularization_generated", "latents_encoded", "final", "versions", "seed"),
     ]
     seconds = summary["seconds"]

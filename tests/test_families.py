@@ -15,7 +15,7 @@ from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.objective import Diffusion
-from dreambooth.tuning import full
+from dreambooth.tuning.full import Full
 from tests.tiny import build_tiny_sd
 
 PROMPTS = ["a photo of a sks dog", ""]
@@ -49,7 +49,7 @@ def test_shapes_and_gradients(family):
     assert not moments.requires_grad
     noise = torch.randn(2, moments.shape[1] // 2, *moments.shape[2:])
     x0 = family.latents(moments, noise)
-    full(family)
+    learned = Full(family).learned
     cond = family.encode_prompts(PROMPTS)
     assert all(len(value) == 2 and not value.requires_grad for value in cond.values())
     t = torch.tensor([10, 900])
@@ -58,7 +58,7 @@ def test_shapes_and_gradients(family):
     assert pred.shape == x0.shape
     objective.loss(pred, x0, noise, t).mean().backward()
     for name, network in family.networks.items():
-        assert any(p.grad is not None for p in network.parameters()) == (name in full(family))
+        assert any(p.grad is not None for p in network.parameters()) == (name in learned)
 
 
 def test_agrees_with_its_pipeline(family):
@@ -75,16 +75,16 @@ def test_agrees_with_its_pipeline(family):
 
 
 def test_tuning_full(family):
-    learned = full(family, train_text_encoder=True)
+    learned = Full(family, train_text_encoder=True).learned
     assert set(learned) == set(family.trainable())
     assert all(network.training for network in learned.values())
-    assert list(full(family)) == [name for name in learned if not name.startswith("text_encoder")]
+    assert list(Full(family).learned) == [name for name in learned if not name.startswith("text_encoder")]
     assert not family.networks["text_encoder"].training
     assert not any(p.requires_grad for p in family.networks["text_encoder"].parameters())
 
 
 def test_sampling_shares_the_networks_and_leaves_them_alone(family):
-    full(family)
+    Full(family)
     before = states(family)
     pipeline = family.to_pipeline()
     assert all(getattr(pipeline, name) is network for name, network in family.networks.items())
