@@ -2,8 +2,8 @@
 
     python -m benchmarks.cost               # the tables of docs/scale.md; benchmarks/traffic.py checks the bytes
 
-AdamW in float32, as here: weights, gradients and two moments, four bytes each. DeepSpeed trains in the precision of its
-engine and keeps a float32 copy of what a rank updates. To sum S bytes over N ranks, a ring has each of them send
+AdamW in float32, as here: weights, gradients and two moments, four bytes each; DeepSpeed keeps another copy of the
+weights that a rank updates. To sum S bytes over N ranks, a ring has each of them send
 2 S (N - 1) / N; to share them out or to gather them, half of it. Sources: ZeRO, arXiv 1910.02054, sections 5 and 7;
 FSDP2 is its third stage with float32 shares.
 """
@@ -69,25 +69,24 @@ class Cost:
 def cost(strategy: str, learned: int, block: int, ranks: int, half: bool = False) -> Cost:
     """The cost of ``learned`` parameters, the largest block of which has ``block``.
 
-    ``half`` is trainer.precision=bf16-mixed: ddp computes in it but holds and sums float32; fsdp gathers weights in it;
-    DeepSpeed holds weights and gradients in it.
+    ``half`` is trainer.precision=bf16-mixed, in which fsdp gathers weights. All else is held and sent in float32.
     """
     share, sends = 1 / ranks, (ranks - 1) / ranks
-    computed = 2 if half else 4
     if strategy == "ddp":
         return Cost(4 * learned, 4 * learned, 8 * learned, 4 * learned, 2 * sends * 4 * learned)
     if strategy == "fsdp":
-        # two blocks are whole at once, the next one being fetched; their gradients are summed in float32
-        transient = 2 * block * computed + 4 * block
-        sent = sends * learned * (2 * computed + 4)
+        # two blocks are whole at once, the next one being fetched, and the gradients of one
+        gathered = 2 if half else 4
+        transient = 2 * block * gathered + 4 * block
+        sent = sends * learned * (2 * gathered + 4)
         return Cost(4 * learned * share, 4 * learned * share, 8 * learned * share, transient, sent)
     stage = int(strategy[-1])
     return Cost(
-        computed * learned * (share if stage == 3 else 1),
-        computed * learned * (share if stage >= 2 else 1),
-        12 * learned * share,
-        2 * block * computed if stage == 3 else 0,
-        sends * computed * learned * (3 if stage == 3 else 2),
+        4 * learned * (share if stage == 3 else 1) + 4 * learned * share,
+        4 * learned * (share if stage >= 2 else 1),
+        8 * learned * share,
+        2 * 4 * block if stage == 3 else 0,
+        4 * learned * sends * (3 if stage == 3 else 2),
     )
 
 

@@ -25,9 +25,9 @@ def test_the_dockerfile_is_clean() -> None:
     assert HADOLINT
     done = subprocess.run([HADOLINT, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
-    spoiled = (ROOT / "Dockerfile").read_text() + "RUN cd /tmp && pip install torch\n"
+    spoiled = (ROOT / "Dockerfile").read_text().replace("--no-install-recommends ", "")
     refused = subprocess.run([HADOLINT, "-"], input=spoiled, capture_output=True, text=True, check=False)
-    assert "DL3013" in refused.stdout  # versions are not pinned
+    assert "DL3015" in refused.stdout
 
 
 def test_the_context_is_what_is_copied() -> None:
