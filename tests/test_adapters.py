@@ -36,7 +36,7 @@ def run(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     photos = tmp_path_factory.mktemp("photos")
     for number in range(3):
         Image.effect_noise((40, 40), 30 * number + 10).convert("RGB").save(photos / f"{number}.png")
-    return train(compose(overrides(tiny_sd, photos, photos.parent / "run")))
+    return train(compose(overrides(tiny_sd, photos, tmp_path_factory.mktemp("run") / "one")))
 
 
 def overrides(model: Path, photos: Path, folder: Path) -> list[str]:

@@ -45,7 +45,7 @@ def finished(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResu
     for number in range(3):
         Image.effect_noise((40, 40), 30 * number + 10).convert("RGB").save(photos / f"{number}.png")
     more = ["trainer.max_steps=5", "trainer.accumulate_grad_batches=2", "model.ema.decay=0.9"]
-    return tiny_run(tiny_sd, photos, photos.parent / "run", *more)
+    return tiny_run(tiny_sd, photos, tmp_path_factory.mktemp("run") / "one", *more)
 
 
 def test_tensorboard_is_told_every_nth_row_and_the_grids(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:

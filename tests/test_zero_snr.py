@@ -26,7 +26,8 @@ def finished(tiny_sd_v: Path, tmp_path_factory: pytest.TempPathFactory) -> RunRe
     Image.effect_noise((40, 40), 30).convert("RGB").save(photos / "0.png")
     sampler = ("inference_steps=2", "unconditional_guidance_scale=3.0", "sampler_type=DDIM", "num_images_per_prompt=1")
     grid = [f"callbacks.sample_grid.{setting}" for setting in (*sampler, "prompts=[a dog]")]
-    words = [*short_run(tiny_sd_v, photos, photos.parent / "run"), "trainer.max_steps=2", "logger=none"]
+    folder = tmp_path_factory.mktemp("run") / "one"
+    words = [*short_run(tiny_sd_v, photos, folder), "trainer.max_steps=2", "logger=none"]
     return train(compose([*words, *grid, "callbacks.evaluate=null", KEY]))
 
 

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 
 
-def save(trainer: pl.Trainer, module: Any, path: Path) -> None:
+def save(trainer: Any, module: Any, path: Path) -> None:
     """Write all that a run needs to go on; all ranks call it at the end of the same step, the first one writes."""
     notes: dict[str, Any] = {
         "format": FORMAT,
@@ -41,7 +41,7 @@ def save(trainer: pl.Trainer, module: Any, path: Path) -> None:
     trainer.strategy.barrier()
 
 
-def load(trainer: pl.Trainer, module: Any, path: Path, any_batch: bool = False) -> None:
+def load(trainer: Any, module: Any, path: Path, any_batch: bool = False) -> None:
     """Go on from a checkpoint, once the strategy has set up weights and optimizer; all ranks read it themselves.
 
     Raises:

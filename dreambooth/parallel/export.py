@@ -47,7 +47,10 @@ def export(cfg: DictConfig) -> Exported | None:
     kept = newest(run / FOLDER, module.base)
     if kept is None:
         raise UserError(f"{run} has no checkpoint yet: let it train until callbacks.checkpoint.every_n_train_steps")
-    nodes = (own.callbacks.ema, own.callbacks.export or {"_target_": "dreambooth.callbacks.export.Export"})
+    nodes: tuple[Any, ...] = (
+        own.callbacks.ema,
+        own.callbacks.export or {"_target_": "dreambooth.callbacks.export.Export"},
+    )
     callbacks = [*(build(node) for node in nodes if node is not None), Resume(kept, any_batch=True)]
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -60,7 +63,7 @@ def export(cfg: DictConfig) -> Exported | None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader([0], batch_size=None))
+    trainer.fit(module, DataLoader([0], batch_size=None))  # type: ignore[arg-type]
     written = [name for name in (PIPELINE, ADAPTER) if (run / name).exists()]
     log.info("step %d of %s is in %s", int(kept.stem[5:]), run, " and ".join(f"{name}/" for name in written))
     return Exported(run)

@@ -184,7 +184,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             # Left empty, the list of modules that may send in bf16 lets gradients be summed in float32.
             autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
             self.config |= {"bf16": {"enabled": False}, "torch_autocast": autocast}  # type: ignore[operator]
-        self.precision_plugin = AutocastPrecision(self.precision_plugin.precision)
+        self.precision_plugin = AutocastPrecision(self.precision_plugin.precision)  # type: ignore[arg-type]
         super().setup(trainer)
 
     def teardown(self) -> None:
