@@ -6,7 +6,7 @@ from typing import Any
 from dreambooth.errors import UserError
 from dreambooth.nearest import nearest
 
-TEXT_OR_LIST = ("infer.prompts", "evaluate.prompts", "callbacks.sample_grid.prompts")
+TEXT_OR_LIST = ("infer.prompts", "evaluate.prompts", "evaluate.class_prompts", "callbacks.sample_grid.prompts")
 SUBJECT = ("instance_dir", "instance_prompt", "regularization_prompt", "regularization_dir")  # of model.data.subjects
 
 

@@ -17,7 +17,7 @@ from dreambooth.files import atomic, list_pictures, open_picture
 from dreambooth.generation import find_model, pick_device, read_prompts
 from dreambooth.metrics import measure
 from dreambooth.metrics.suite import Row, Suite
-from dreambooth.picture_files import describe, draw_through, foreign_picture
+from dreambooth.picture_files import draw_through, foreign_picture
 from dreambooth.run_folder import CONFIG, is_rank_zero, numbered
 
 log = logging.getLogger(__name__)
@@ -56,14 +56,15 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
     models = {"after": source.load(cfg)}
     if run is not None:
         models = {"before": build(cfg.model.family), **models}
-    sets = {name: _pictures(cfg, subjects, family, source.resolution) for name, family in models.items()}
+    asked = measure.wanted(cfg.evaluate, subjects)
+    sets = {name: _pictures(cfg, asked, family, source.resolution) for name, family in models.items()}
     folder = choose_folder(cfg, run, sets)
     rows = measure.score_photos(suite, subjects)
     for name, family in models.items():
         family.move(pick_device(cfg.trainer.accelerator))
         store = cfg.evaluate.base_dir if name == "before" else None
         draw_through(store, family, folder / name, sets[name], f"drawing the pictures {name}")
-        part = measure.picture_rows(folder / name, sets[name], subjects)
+        part = measure.picture_rows(folder / name, sets[name], asked)
         rows += measure.score(suite, part, measure.open_all(folder, part), subjects)
         family.move("cpu")
     found = write(folder, suite, rows)
@@ -107,11 +108,10 @@ def write(folder: Path, suite: Suite, rows: Sequence[Row], **more: Any) -> Evalu
 
 
 def _pictures(
-    cfg: DictConfig, subjects: Sequence[measure.Subject], family: Family, resolution: int | None
+    cfg: DictConfig, asked: Sequence[measure.Asked], family: Family, resolution: int | None
 ) -> list[dict[str, Any]]:
     side = resolution or family.default_resolution
-    asked = measure.wanted(cfg.evaluate, subjects)
-    return describe(asked, cfg.evaluate, str(cfg.infer.model), family.fingerprint(), side)
+    return measure.pictures_of(asked, cfg.evaluate, str(cfg.infer.model), family.fingerprint(), side)
 
 
 def _evaluate_folder(cfg: DictConfig) -> Evaluation:

@@ -90,7 +90,7 @@ def test_another_noun_or_none_is_learned_but_the_own_class_is_measured(layout):
         changes = dog.settings("sks", compose([f"benchmark.noun='{noun}'"]).benchmark, Path("run"))
         data, measured = changes["model"]["data"], changes["evaluate"]
         assert (data["instance_prompt"], data["regularization_prompt"]) == (learned, prior)
-        assert (measured["prompts"], measured["class_prompt"]) == ([prompt], "a photo of a dog")
+        assert (measured["prompts"], measured["class_prompts"]) == ([prompt], "a photo of a dog")
 
 
 def test_a_few_photos_are_learned_and_likeness_is_to_all(layout, tmp_path):

@@ -272,4 +272,4 @@ def test_prompts_file_is_named_in_the_error(tmp_path: Path):
     from dreambooth.metrics.measure import wanted
 
     with pytest.raises(UserError, match=r"evaluate\.prompts"):
-        wanted({"prompts": [], "num_images_per_prompt": 1, "class_prompt": "a dog", "num_class_images": 1}, [])
+        wanted({"prompts": [], "num_images_per_prompt": 1, "class_prompts": "a dog", "num_class_images": 1}, [])

@@ -45,7 +45,7 @@ class Task:
         }
         measured = {
             "prompts": [" ".join(prompt.format(identifier, noun).split()) for prompt in self.prompts],
-            "class_prompt": f"a photo of a {self.noun}",
+            "class_prompts": f"a photo of a {self.noun}",
             "photos": str(self.photos),
             "base_dir": how.base_dir,
             "num_images_per_prompt": how.num_images_per_prompt,

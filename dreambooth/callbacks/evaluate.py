@@ -21,7 +21,7 @@ from dreambooth.evaluation import FOLDER, write
 from dreambooth.files import atomic
 from dreambooth.metrics import measure
 from dreambooth.metrics.tradeoff import COLUMNS, Tradeoff
-from dreambooth.picture_files import batches_of, describe, draw_batch, draw_through, foreign_picture
+from dreambooth.picture_files import batches_of, draw_batch, draw_through, foreign_picture
 
 log = logging.getLogger(__name__)
 CURVES, BEST = "curves.csv", "checkpoints/best.safetensors"
@@ -60,7 +60,7 @@ class Evaluate(pl.Callback):
         self.curve = {**self.final, **counts}
         self.every, self.resolution = every_n_train_steps, cfg.model.data.resolution
         self.subjects, self.suite = measure.Subject.all_of(cfg), build(cfg.metrics)
-        measure.wanted(self.final, self.subjects)  # no prompt is an error now, not after the training
+        self.asked = [measure.wanted(how, self.subjects) for how in (self.curve, self.final)]
         photos = self.suite.summary(measure.score_photos(self.suite, self.subjects))
         self.tradeoff = Tradeoff(photos["dino"], drift_weight, patience, max_drift, target)
         self.seconds = 0.0
@@ -107,8 +107,8 @@ class Evaluate(pl.Callback):
         means = dict.fromkeys(COLUMNS[1:-1])
         with self._at_work(trainer, pl_module) as works:
             if works:
-                pictures = describe(measure.wanted(self.curve, self.subjects), self.curve, "", "", self.resolution)
-                rows = measure.picture_rows(Path("curve"), pictures, self.subjects)
+                pictures = measure.pictures_of(self.asked[0], self.curve, "", "", self.resolution)
+                rows = measure.picture_rows(Path("curve"), pictures, self.asked[0])
                 means = self.suite.summary(
                     measure.score(self.suite, rows, self._draw(pl_module, pictures), self.subjects)
                 )
@@ -132,8 +132,8 @@ class Evaluate(pl.Callback):
             if not works:
                 return
             family = pl_module.family
-            asked = measure.wanted(self.final, self.subjects)
-            pictures = describe(asked, self.final, "", family.fingerprint(fresh=True), self.resolution)
+            weights = family.fingerprint(fresh=True)
+            pictures = measure.pictures_of(self.asked[1], self.final, "", weights, self.resolution)
             folder = Path(trainer.default_root_dir) / FOLDER / name
             while (stale := foreign_picture(folder, pictures)) is not None:
                 stale.unlink()  # of the same run when its goal was nearer
@@ -143,9 +143,9 @@ class Evaluate(pl.Callback):
     def _write(self, folder: Path, best: int, goal: int) -> None:
         began = time.perf_counter()
         rows = measure.score_photos(self.suite, self.subjects)
-        pictures = describe(measure.wanted(self.final, self.subjects), self.final, "", "", self.resolution)
+        pictures = measure.pictures_of(self.asked[1], self.final, "", "", self.resolution)
         for name in ("before", "after"):
-            part = measure.picture_rows(folder / name, pictures, self.subjects)
+            part = measure.picture_rows(folder / name, pictures, self.asked[1])
             rows += measure.score(self.suite, part, measure.open_all(folder, part), self.subjects)
         stopped = self.tradeoff.verdict() if self._measured() != goal else None
         write(folder, self.suite, rows, best_step=best, stopped=stopped)

@@ -16,6 +16,7 @@ from dreambooth.data.progress import progress_bar
 from dreambooth.data.sources import prompts_of_each
 from dreambooth.families.base import Family
 from dreambooth.files import atomic
+from dreambooth.generation import read_prompts
 from dreambooth.grid import labelled_grid
 from dreambooth.sampling import draw, picture_seed
 
@@ -31,7 +32,7 @@ class SampleGrid(pl.Callback):
     def __init__(
         self,
         cfg: DictConfig,
-        prompts: list[str],
+        prompts: str | list[str],
         every_n_train_steps: int | None,
         num_images_per_prompt: int,
         seed: int,
@@ -41,7 +42,9 @@ class SampleGrid(pl.Callback):
         resolution: int,
         guidance_rescale: float = 0.0,
     ) -> None:
-        self.prompts = prompts_of_each(prompts, cfg.model.data.get("subjects"))
+        self.prompts = prompts_of_each(
+            read_prompts(prompts, "callbacks.sample_grid.prompts"), cfg.model.data.get("subjects")
+        )
         self.every, self.count = every_n_train_steps, num_images_per_prompt
         self.seed, self.steps, self.guidance = seed, inference_steps, unconditional_guidance_scale
         self.guidance_rescale, self.sampler_type, self.resolution = guidance_rescale, sampler_type, resolution

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 from PIL import Image
@@ -15,7 +15,7 @@ from dreambooth.files import atomic, distinct_names, list_pictures, open_picture
 from dreambooth.generation import read_prompts
 from dreambooth.metrics.pictures import Pictures
 from dreambooth.metrics.suite import Row, Suite, class_text
-from dreambooth.picture_files import Settings, numbered_paths
+from dreambooth.picture_files import Settings, describe, numbered_paths
 
 SETS = ("before", "after", "real")
 
@@ -48,13 +48,11 @@ class Subject:
 
     def asked(self, prompt: str, first: "Subject") -> str:
         """A prompt of the first subject in the words of this one."""
-        for words in (str, phrase):
-            if words(first.instance_prompt) in prompt:
-                return prompt.replace(words(first.instance_prompt), words(self.instance_prompt))
-        raise UserError(
-            f"evaluate.prompts: '{prompt}' lacks '{phrase(first.instance_prompt)}', in whose place the words of the "
-            "other subjects are put; type it there"
-        )
+        return _in_words_of(prompt, first.instance_prompt, self.instance_prompt, "evaluate.prompts")
+
+    def asked_of_class(self, prompt: str, first: "Subject") -> str:
+        """A prompt of the first subject's class in the words of this one's."""
+        return _in_words_of(prompt, first.class_prompt, self.class_prompt, "evaluate.class_prompts")
 
     def label(self, path: Path) -> str:
         """What a photograph is called in scores.jsonl."""
@@ -65,30 +63,54 @@ class Subject:
         return class_text(prompt, self.instance_prompt, self.class_prompt) if kind == "class" else prompt
 
 
-def wanted(how: Mapping[str, Any], subjects: Sequence[Subject]) -> list[tuple[str, int]]:
-    """(prompt, count) of an ``evaluate`` node: of each subject its prompts, and the prompt of its class last."""
-    prompts, count = read_prompts(how["prompts"], "evaluate.prompts"), how["num_images_per_prompt"]
-    if len(subjects) == 1:
-        return [*((prompt, count) for prompt in prompts), (how["class_prompt"], how["num_class_images"])]
+def _in_words_of(prompt: str, old: str, new: str, key: str) -> str:
+    for words in (str, phrase):
+        if words(old) in prompt:
+            return prompt.replace(words(old), words(new))
+    raise UserError(
+        f"{key}: '{prompt}' lacks '{phrase(old)}', in whose place the words of the other subjects are put; type it "
+        "there"
+    )
+
+
+class Asked(NamedTuple):
+    """``count`` pictures of a prompt, which count for a role of a subject: "subject" or "class"."""
+
+    prompt: str
+    count: int
+    role: str
+    subject: Subject
+
+
+def wanted(how: Mapping[str, Any], subjects: Sequence[Subject]) -> list[Asked]:
+    """What an ``evaluate`` node asks for: of each subject its prompts, then the prompts of its class."""
+    prompts = read_prompts(how["prompts"], "evaluate.prompts")
+    of_class = read_prompts(how["class_prompts"], "evaluate.class_prompts")
     asked = []
     for subject in subjects:
-        asked += [(subject.asked(prompt, subjects[0]), count) for prompt in prompts]
-        asked += [(subject.class_prompt, how["num_class_images"])]
+        own = [subject.asked(prompt, subjects[0]) for prompt in prompts] if len(subjects) > 1 else prompts
+        others = [subject.asked_of_class(prompt, subjects[0]) for prompt in of_class] if len(subjects) > 1 else of_class
+        asked += [Asked(prompt, how["num_images_per_prompt"], "subject", subject) for prompt in own]
+        asked += [Asked(prompt, how["num_class_images"], "class", subject) for prompt in others]
     return asked
 
 
-def picture_rows(folder: Path, pictures: Sequence[Settings], subjects: Sequence[Subject]) -> list[Row]:
-    """Where each picture lies, what it shows and for which role it counts, as ``wanted`` puts them in order."""
-    each = (pictures[-1]["prompt_index"] + 1) // len(subjects)
+def pictures_of(asked: Sequence[Asked], how: Mapping[str, Any], model: str, weights: str, side: int) -> list[Settings]:
+    """The settings of every picture that is asked for, as ``describe`` puts them."""
+    return describe([(each.prompt, each.count) for each in asked], how, model, weights, side)
+
+
+def picture_rows(folder: Path, pictures: Sequence[Settings], asked: Sequence[Asked]) -> list[Row]:
+    """Where each picture lies, what it shows and for which role it counts."""
     return [
         {
             "set": folder.name,
             "file": f"{folder.name}/{path.name}",
-            "role": "class" if (settings["prompt_index"] + 1) % each == 0 else "subject",
+            "role": asked[settings["prompt_index"]].role,
             "prompt": settings["prompt"],
             "prompt_index": settings["prompt_index"],
             "picture_index": settings["picture_index"],
-            **whose(subjects[settings["prompt_index"] // each]),
+            **whose(asked[settings["prompt_index"]].subject),
         }
         for path, settings in zip(numbered_paths(folder, pictures), pictures, strict=True)
     ]
