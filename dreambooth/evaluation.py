@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 
 from dreambooth.config import build
@@ -18,7 +18,8 @@ from dreambooth.generation import find_model, pick_device, read_prompts
 from dreambooth.metrics import measure
 from dreambooth.metrics.suite import Row, Suite
 from dreambooth.picture_files import draw_through, foreign_picture
-from dreambooth.run_folder import CONFIG, is_rank_zero, numbered
+from dreambooth.run_folder import is_rank_zero, numbered
+from dreambooth.run_settings import by_untyped_cards, run_of, settings_of_run
 
 log = logging.getLogger(__name__)
 FOLDER, SCORES, METRICS = "evaluation", "scores.jsonl", "metrics.json"
@@ -48,14 +49,15 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
     if cfg.evaluate.images is not None:
         return _evaluate_folder(cfg)
     source = find_model(cfg)
-    model = Path(str(cfg.infer.model)).expanduser()
-    run = model if (model / CONFIG).exists() else None
+    run = run_of(str(cfg.infer.model))
     cfg = cfg if run is None else settings_of_run(cfg, run)
     subjects, suite = measure.Subject.all_of(cfg), build(cfg.metrics)
     suite.move(pick_device(cfg.trainer.accelerator))
     models = {"after": source.load(cfg)}
     if run is not None:
         models = {"before": build(cfg.model.family), **models}
+    else:
+        _check_cards(cfg, models["after"].default_resolution, f"infer.model={cfg.infer.model} draws")
     asked = measure.wanted(cfg.evaluate, subjects)
     sets = {name: _pictures(cfg, asked, family, source.resolution) for name, family in models.items()}
     folder = choose_folder(cfg, run, sets)
@@ -73,12 +75,12 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
     return found
 
 
-def settings_of_run(cfg: DictConfig, run: Path) -> DictConfig:
-    """The run's own settings, with the command's word on what is measured: ``evaluate`` refers to the run's data."""
-    raw: Any = OmegaConf.to_container(cfg, resolve=False)
-    asked = {key: raw[key] for key in ("evaluate", "metrics", "infer", "trainer")}
-    own: Any = OmegaConf.merge(OmegaConf.load(run / CONFIG), asked, {"run_dir": str(run)})
-    return own
+def _check_cards(cfg: DictConfig, side: int, what: str) -> None:
+    if by_untyped_cards(cfg, side, "metrics"):
+        raise UserError(
+            f"{what} {side} pixels, and the scores of model=pocket know cartoons of {cfg.model.data.resolution}: type "
+            "metrics=default evaluate=default, or the model's own card, such as model=sd15"
+        )
 
 
 def choose_folder(cfg: DictConfig, run: Path | None, sets: dict[str, list[dict[str, Any]]]) -> Path:
@@ -133,6 +135,7 @@ def _evaluate_folder(cfg: DictConfig) -> Evaluation:
         for place, (path, prompt) in enumerate(zip(paths, prompts, strict=True))
     ]
     images: list[Image.Image] = [open_picture(path) for path in paths]
+    _check_cards(cfg, min(images[0].size), f"evaluate.images={how.images} shows")
     folder = Path(how.out_path or Path(cfg.run_dir) / FOLDER).expanduser()
     scored = measure.score(suite, rows, images, subjects)
     return write(folder, suite, [*measure.score_photos(suite, subjects), *scored])

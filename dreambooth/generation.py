@@ -18,6 +18,7 @@ from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
 from dreambooth.picture_files import describe, draw_missing, foreign_picture, missing, numbered_paths
 from dreambooth.run_folder import is_rank_zero, numbered
+from dreambooth.run_settings import by_untyped_cards, run_of, settings_of_run
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ def generate(cfg: DictConfig) -> list[Path]:
 
     Raises UserError for an unknown or unfinished model, or no prompt.
     """
+    run = run_of(str(cfg.infer.model))
+    cfg = cfg if run is None else settings_of_run(cfg, run)
     infer = cfg.infer
     prompts = read_prompts(infer.prompts)
     found = find_model(cfg)
@@ -43,6 +46,12 @@ def generate(cfg: DictConfig) -> list[Path]:
     family = found.load(cfg)
     size = infer.num_images_per_prompt
     resolution = found.resolution or family.default_resolution
+    if run is None and by_untyped_cards(cfg, resolution, "infer.unconditional_guidance_scale", "evaluate"):
+        log.warning(
+            "drawn at guidance %s, that of model=pocket: with another model type its card, such as model=sd15, or "
+            "infer.unconditional_guidance_scale=7.5",
+            infer.unconditional_guidance_scale,
+        )
     wanted = [(prompt, size) for prompt in prompts]
     pictures = describe(wanted, infer, str(infer.model), family.fingerprint(), resolution)
     folder = choose_folder(cfg, pictures)

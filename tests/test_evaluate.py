@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file
 
 from dreambooth import UserError, compose, train
 from dreambooth.evaluation import evaluate
+from dreambooth.generation import generate
 from dreambooth.metrics.measure import read_scores
+from dreambooth.picture_files import TEXT_CHUNK
 from dreambooth.pocket import SUBJECTS
 from dreambooth.tasks import RunResult
 from tests.tiny import short_run
@@ -85,19 +89,37 @@ def test_measuring_again_gives_the_same_to_the_last_digit(finished, tmp_path):
     shutil.copytree(finished.folder, run)
     before = (run / "evaluation" / "scores.jsonl").read_bytes()
     stamps = {path: path.stat().st_mtime_ns for path in run.glob("evaluation/*/*.png")}
-    again = evaluate(compose([f"infer.model={run}", "task=evaluate", *MEASURED]))
+    again = evaluate(compose([f"infer.model={run}", "task=evaluate"]))
     assert again.folder == run / "evaluation"  # the pipeline on disk is what was measured in training
     assert {path: path.stat().st_mtime_ns for path in run.glob("evaluation/*/*.png")} == stamps
     assert (run / "evaluation" / "scores.jsonl").read_bytes() == before
     assert again.metrics == finished.summary["metrics"]
 
     shutil.rmtree(run / "evaluation" / "after")  # drawn again from pipeline/
-    evaluate(compose([f"infer.model={run}", "task=evaluate", *MEASURED]))
+    evaluate(compose([f"infer.model={run}", "task=evaluate"]))
     assert (run / "evaluation" / "scores.jsonl").read_bytes() == before
 
-    other = evaluate(compose([f"infer.model={run}", "task=evaluate", *MEASURED, "evaluate.seed=5"]))
+    other = evaluate(compose([f"infer.model={run}", "task=evaluate", "evaluate.seed=5"]))
     assert other.folder == run / "evaluation-2"
     assert json.loads((run / "summary.json").read_text())["metrics"] == finished.summary["metrics"]
+
+
+def test_a_run_is_drawn_by_its_own_settings(finished, tmp_path):
+    """Not by those of the command's cards, here another guidance and another word."""
+    words = ["task=generate", f"infer.model={finished.folder}", f"infer.out_path={tmp_path}", "evaluate=default"]
+    more = ["infer.inference_steps=2", "infer.num_images_per_prompt=1", "model.data.instance_prompt=a photo of a zwx"]
+    with Image.open(generate(compose([*words, *more]))[0]) as picture:
+        drawn = json.loads(picture.info[TEXT_CHUNK])
+    own = OmegaConf.load(finished.folder / "config.yaml").infer
+    assert own.unconditional_guidance_scale != 7.5
+    assert drawn["unconditional_guidance_scale"] == own.unconditional_guidance_scale
+    assert (drawn["prompt"], drawn["inference_steps"]) == (own.prompts[0], 2)
+
+
+def test_real_pictures_are_not_measured_by_the_pocket_cards(tmp_path):
+    Image.new("RGB", (512, 512)).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match=r"shows 512 pixels.*metrics=default"):
+        evaluate(compose(["task=evaluate", f"evaluate.images={tmp_path}", "evaluate.prompts=a dog"]))
 
 
 def test_a_pipeline_folder_has_no_before(finished, tmp_path):

@@ -111,7 +111,7 @@ def test_prompts_are_one_a_list_or_a_file(tmp_path: Path) -> None:
 
 def test_the_model_may_be_a_run_at_its_resolution(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    config = OmegaConf.create({"model": {"data": {"resolution": RESOLUTION + 2 * FACTOR}}})
+    config = compose([f"model.data.resolution={RESOLUTION + 2 * FACTOR}"])
     run.mkdir()
     OmegaConf.save(config, run / "config.yaml")
     with pytest.raises(UserError, match=r"infer\.model=.*without pipeline/"):

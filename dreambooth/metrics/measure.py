@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import DictConfig
 from PIL import Image
@@ -73,7 +74,8 @@ def _in_words_of(prompt: str, old: str, new: str, key: str) -> str:
     )
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """``count`` pictures of a prompt, which count for a role of a subject: "subject" or "class"."""
 
     prompt: str
