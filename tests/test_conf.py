@@ -61,36 +61,6 @@ def test_the_default_is_the_demo_and_all_groups_are_in_the_table_of_contents():
     assert {group for group, _ in CARDS} == set(config.groups())
 
 
-def test_the_recipes_are_their_sources():
-    nemo = composed("experiment=nemo_sd15", PHOTOS)
-    assert (nemo["trainer"]["max_steps"], nemo["trainer"]["precision"], nemo["seed"]) == (400, "bf16-mixed", 1234)
-    assert (nemo["model"]["prior_loss_weight"], nemo["model"]["with_prior_preservation"]) == (0.5, False)
-    assert nemo["model"]["optim"]["lr"] == 1e-6
-    whole, vanilla, unet = (
-        composed(f"experiment=mindone_sd20{tail}", PHOTOS) for tail in ("", "_vanilla", "_unet_only")
-    )
-    assert (whole["trainer"]["max_epochs"], whole["model"]["data"]["train_data_repeats"]) == (4, 40)
-    assert (whole["model"]["train_text_encoder"], whole["model"]["optim"]["betas"]) == (True, [0.9, 0.98])
-    assert (vanilla["model"]["with_prior_preservation"], vanilla["model"]["optim"]) == (False, whole["model"]["optim"])
-    assert (unet["trainer"]["max_epochs"], unet["model"]["train_text_encoder"]) == (20, False)
-    lora = composed("experiment=nemo_sd15_lora", PHOTOS)
-    assert (lora["trainer"]["max_steps"], lora["model"]["optim"]["lr"], lora["model"]["micro_batch_size"]) == (
-        500,
-        1e-4,
-        1,
-    )
-    assert (lora["model"]["tuning"]["rank"], lora["model"]["tuning"]["alpha"]) == (32, 16)
-    lora = composed("experiment=mindone_sd20_lora", PHOTOS)["model"]
-    assert (lora["optim"]["lr"], lora["optim"]["weight_decay"], lora["optim"]["betas"]) == (5e-5, 1e-4, [0.9, 0.98])
-    assert (lora["tuning"]["rank"], lora["tuning"]["alpha"], lora["with_prior_preservation"]) == (64, 64, True)
-    diffusers = composed("experiment=diffusers_sd14", PHOTOS)["model"]
-    assert (diffusers["micro_batch_size"], diffusers["optim"]["lr"], diffusers["data"]["num_reg_images"]) == (
-        4,
-        5e-6,
-        100,
-    )
-
-
 def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):

@@ -1,0 +1,144 @@
+"""The published recipes, each value as its source has it: a change of a default of ours must not change them."""
+
+from functools import reduce
+from operator import getitem
+
+import pytest
+from omegaconf import OmegaConf
+
+from dreambooth.config import compose
+
+# NVIDIA NeMo v2.4.0, examples/multimodal/text_to_image/dreambooth/conf/dreambooth.yaml and dreambooth_infer.yaml
+NEMO = {
+    "trainer.max_steps": 400,
+    "trainer.precision": "bf16-mixed",
+    "trainer.gradient_clip_val": 1.0,
+    "trainer.accumulate_grad_batches": 1,
+    "seed": 1234,
+    "model.micro_batch_size": 2,
+    "model.with_prior_preservation": False,
+    "model.prior_loss_weight": 0.5,
+    "model.train_text_encoder": False,
+    "model.use_cached_latents": False,
+    "model.ema.decay": None,
+    "model.optim._target_": "torch.optim.AdamW",
+    "model.optim.lr": 1e-6,
+    "model.optim.weight_decay": 0.0,
+    "model.optim.betas": [0.9, 0.999],
+    "model.sched.name": "constant_with_warmup",
+    "model.sched.warmup_steps": 1,
+    "model.data.num_workers": 4,
+    "model.data.instance_prompt": "a photo of a sks dog",
+    "model.data.regularization_prompt": "a photo of a dog",
+    "model.data.num_reg_images": 10,
+    "model.data.num_images_per_prompt": 4,
+    "model.data.resolution": 512,
+    "model.data.center_crop": True,
+    "model.data.random_flip": False,
+    "model.data.sampler.inference_steps": 50,
+    "model.data.sampler.unconditional_guidance_scale": 7.5,
+    "model.data.sampler.sampler_type": "PLMS",
+    "callbacks.checkpoint.every_n_train_steps": 200,
+    "callbacks.checkpoint.save_last_k": -1,
+    "infer.num_images_per_prompt": 4,
+    "infer.inference_steps": 100,
+    "infer.unconditional_guidance_scale": 7.5,
+    "infer.sampler_type": "DDIM",
+    "infer.seed": 123,
+}
+# MindONE, examples/stable_diffusion_v2/configs/train/train_config_dreambooth_v2.yaml over train_dreambooth.py's flags
+MINDONE = {
+    "trainer.max_epochs": 4,
+    "trainer.max_steps": None,
+    "trainer.gradient_clip_val": None,
+    "trainer.accumulate_grad_batches": 1,
+    "seed": 3407,
+    "model.micro_batch_size": 1,
+    "model.with_prior_preservation": True,
+    "model.prior_loss_weight": 1.0,
+    "model.train_text_encoder": True,
+    "model.gradient_checkpointing": True,
+    "model.ema.decay": None,
+    "model.optim._target_": "torch.optim.AdamW",
+    "model.optim.lr": 2e-6,
+    "model.optim.weight_decay": 0.01,
+    "model.optim.betas": [0.9, 0.98],
+    "model.sched.name": "constant",
+    "model.data.num_reg_images": 200,
+    "model.data.num_images_per_prompt": 4,
+    "model.data.resolution": 512,
+    "model.data.center_crop": False,
+    "model.data.random_flip": True,
+    "model.data.train_data_repeats": 40,
+    "model.data.sampler.inference_steps": 50,
+    "model.data.sampler.unconditional_guidance_scale": 9.0,
+    "model.data.sampler.sampler_type": "DDIM",
+    "callbacks.checkpoint.every_n_train_steps": 200,
+    "callbacks.checkpoint.save_last_k": 10,
+}
+# diffusers, examples/dreambooth/train_dreambooth.py: the defaults of its flags, and max_train_steps of its README
+DIFFUSERS = {
+    "trainer.precision": "32-true",
+    "trainer.max_steps": 400,
+    "trainer.gradient_clip_val": 1.0,
+    "trainer.accumulate_grad_batches": 1,
+    "model.micro_batch_size": 4,
+    "model.with_prior_preservation": False,
+    "model.prior_loss_weight": 1.0,
+    "model.train_text_encoder": False,
+    "model.use_cached_latents": False,
+    "model.noise_offset": 0.0,
+    "model.optim._target_": "torch.optim.AdamW",
+    "model.optim.lr": 5e-6,
+    "model.optim.weight_decay": 0.01,
+    "model.optim.betas": [0.9, 0.999],
+    "model.optim.eps": 1e-8,
+    "model.sched.name": "constant",
+    "model.sched.warmup_steps": 500,
+    "model.data.num_reg_images": 100,
+    "model.data.num_images_per_prompt": 4,
+    "model.data.resolution": 512,
+    "model.data.center_crop": False,
+    "model.data.random_flip": False,
+    "callbacks.checkpoint.every_n_train_steps": 500,
+    "callbacks.sample_grid.every_n_train_steps": 100,
+    "callbacks.sample_grid.num_images_per_prompt": 4,
+    "callbacks.sample_grid.inference_steps": 25,
+    "callbacks.sample_grid.sampler_type": "DPM",
+}
+RECIPES = {
+    "nemo_sd15": NEMO,
+    "nemo_sd15_lora": NEMO
+    | {
+        "trainer.max_steps": 500,
+        "model.micro_batch_size": 1,
+        "model.optim.lr": 1e-4,
+        "model.tuning._target_": "dreambooth.tuning.lora.Lora",
+        "model.tuning.rank": 32,
+        "model.tuning.alpha": 16,
+        "model.tuning.dropout": 0.0,
+        "infer.inference_steps": 50,
+    },
+    "mindone_sd20": MINDONE,
+    "mindone_sd20_vanilla": MINDONE | {"model.with_prior_preservation": False},
+    "mindone_sd20_unet_only": MINDONE | {"trainer.max_epochs": 20, "model.train_text_encoder": False},
+    "mindone_sd20_lora": MINDONE
+    | {
+        "model.optim.lr": 5e-5,
+        "model.optim.weight_decay": 1e-4,
+        "model.tuning._target_": "dreambooth.tuning.lora.Lora",
+        "model.tuning.rank": 64,
+        "model.tuning.alpha": 64,  # its adapters count once
+    },
+    "diffusers_sd14": DIFFUSERS,
+}
+CASES = [(name, key, value) for name, recipe in RECIPES.items() for key, value in recipe.items()]
+TREES: dict[str, dict] = {}
+
+
+@pytest.mark.parametrize(("name", "key", "value"), CASES, ids=[f"{name}-{key}" for name, key, _ in CASES])
+def test_a_recipe_is_its_source(name, key, value):
+    if name not in TREES:
+        tree = compose([f"experiment={name}", "model.data.instance_dir=photos"])
+        TREES[name] = OmegaConf.to_container(tree, resolve=True)
+    assert reduce(getitem, key.split("."), TREES[name]) == value
