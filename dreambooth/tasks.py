@@ -56,6 +56,8 @@ def train(cfg: DictConfig) -> RunResult:
 
 def _train(cfg: DictConfig) -> RunResult:
     by_epochs = counts_epochs(cfg)
+    for node in cfg.logger.values():
+        build(node)  # a package that is missing is said before anything is loaded or written
     tuning, data = prepare_data(cfg)
     module = make_module(cfg, tuning)
     callbacks = make_callbacks(cfg)

@@ -11,10 +11,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dreambooth.adapters import Adapter
 from dreambooth.callbacks.evaluate import Evaluate
 from dreambooth.config import compose
 from dreambooth.errors import UserError
 from dreambooth.evaluation import evaluate
+from dreambooth.families.base import own_weights
+from dreambooth.families.sd import StableDiffusion
 from dreambooth.generation import generate
 from dreambooth.parallel.tensors import read
 from dreambooth.picture_files import read_settings
@@ -91,6 +94,23 @@ def test_the_run_holds_the_adapter_alone(run: RunResult, tiny_sd: Path, tmp_path
     alone = np.asarray(draw(pipeline, ["a dog"], [picture["picture_seed"]], **how)[0]).astype(int)
     assert np.abs(alone - ours).max() <= 1
     assert "infer.model" in (folder / "report.html").read_text()
+
+
+def test_a_scaled_adapter_is_counted_by_its_scale(run: RunResult, tiny_sd: Path) -> None:
+    """W + scale · alpha / rank · B·A, where it is switched on."""
+    state = read(run.folder / "checkpoints/step_000002.ckpt", "weights/")
+    base, family = StableDiffusion(str(tiny_sd)), StableDiffusion(str(tiny_sd))
+    Adapter(run.folder / FILE, scale=0.5).merge(family)
+    changed = 0
+    for name in ("unet", "text_encoder"):
+        merged = own_weights(family.networks[name])
+        for key, weight in own_weights(base.networks[name]).items():
+            stem = f"{name}.{key.removesuffix('.weight')}"
+            a, b = (state.get(f"{stem}.lora_{part}.default.weight") for part in "AB")
+            expected = weight if a is None or b is None else weight + 0.5 * 6 / 2 * b @ a
+            torch.testing.assert_close(merged[key], expected, rtol=1e-5, atol=1e-6)
+            changed += a is not None
+    assert changed == len(state) / 2
 
 
 @pytest.mark.slow

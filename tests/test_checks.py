@@ -22,7 +22,9 @@ GPUS = "trainer.accelerator=gpu"
         (["strategy=fsdp", "trainer.precision=16-mixed"], 0, ["16-mixed", "fsdp", "bf16-mixed"]),
         (["strategy=deepspeed_2", "trainer.precision=16-mixed"], 2, ["16-mixed", "bf16-mixed"]),
         (["strategy=fsdp", "model/optim=adafactor"], 0, ["model.optim", "strategy=fsdp", "model/optim=adamw"]),
-        (["strategy=fsdp", "model/tuning=textual_inversion"], 0, ["model/tuning", "strategy=ddp"]),
+        (["strategy=fsdp", "model/tuning=textual_inversion"], 0, ["model/tuning", "TextualInversion", "strategy=ddp"]),
+        (["strategy=fsdp_hybrid", "model/tuning=pivotal"], 0, ["model/tuning", "Pivotal", "full or lora"]),
+        (["strategy=deepspeed_1", "model/tuning=pivotal"], 2, ["model/tuning", "Pivotal", "strategy=ddp"]),
         (["strategy=deepspeed_3", "model.prior=teacher"], 2, ["model.prior=teacher", "strategy=ddp"]),
         (
             ["strategy=fsdp", "model.tuning.stop_text_encoder_at=2", "model.train_text_encoder=true"],
@@ -46,6 +48,11 @@ def test_what_cannot_be_done(
     assert "\n" not in line
     assert all(word in line for word in words), line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_what_a_strategy_that_cuts_knows(tuning: str) -> None:
+    checks.check(compose(["strategy=fsdp", f"model/tuning={tuning}", "trainer.accelerator=cpu"]))
 
 
 def test_a_package_that_is_missing_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:

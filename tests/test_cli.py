@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(arguments, w
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1, result.stderr
     assert words in result.stderr
+    assert not result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_logger_without_its_package_is_one_line_before_anything_is_written(tmp_path):
+    result = launch("logger=wandb", "trainer.max_steps=1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "the package wandb is not installed; type pip install wandb" in result.stderr
     assert not result.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -28,8 +28,8 @@ from dreambooth.tasks import train
 from dreambooth.tuning.pivotal import Pivotal
 from dreambooth.tuning.textual_inversion import TextualInversion
 from dreambooth.tuning.words import Table
-from tests.steps import PROMPTS, module_of, run
-from tests.test_tuning import PLAIN, Own, check_the_loss, frozen, picture
+from tests.steps import PROMPTS, Latents, module_of, run
+from tests.test_tuning import PLAIN, Own, check_the_loss, check_the_teacher, frozen, picture
 from tests.tiny import short_run
 
 WORD = {"instance_prompt": PROMPTS["instance"], "class_prompt": PROMPTS["regularization"]}
@@ -103,6 +103,18 @@ def test_every_way(name: str, prior: bool, cached: bool, tiny_sd: Path, photos: 
     assert np.abs(plain - own.picture).max() > 1
     ((word, rows_of_it),) = load_file(tmp_path / "adapter" / "learned_embeds.safetensors").items()
     assert (word, rows_of_it.shape) == ("sks", (module.tuning.word.table.rows.shape))
+
+
+def test_a_teacher_knows_neither_word_nor_adapter(tiny_sd: Path) -> None:
+    """Also where the prompt of the class has the word, which the base spells as it always did."""
+    module = module_of(tiny_sd, tuning=partial(tuned, way="pivotal"), optim=PLAIN, prior="teacher")
+    _, rows = run(module, 3)
+    assert rows[0]["prior_loss"] == pytest.approx(0, abs=1e-10)
+    assert all(0 < row["prior_loss"] < 1 for row in rows[1:])
+    batch = Latents(module.family, 2, 1, True, True).stream().batch(7, 0)
+    own = check_the_teacher(module, StableDiffusion(str(tiny_sd)), batch)
+    other = check_the_teacher(module, StableDiffusion(str(tiny_sd)), {**batch, "prompts": [PROMPTS["instance"]] * 4})
+    assert not torch.equal(own, other)
 
 
 def check_when(name: str, start: dict[str, torch.Tensor], paths: list[Path]) -> None:

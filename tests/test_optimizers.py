@@ -100,6 +100,21 @@ def test_8_bits_need_a_gpu() -> None:
         optim("adamw_8bit")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_moments_of_8_bits(tiny_sd: Path) -> None:
+    """Every weight learns; the moments of those with 4096 numbers and more take a byte each."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    module = module_of(tiny_sd, optim=optim("adamw_8bit"))
+    trainer, _ = run(module, 2, size=1, accelerator="gpu")
+    base = StableDiffusion(str(tiny_sd)).unet.parameters()
+    for old, new in zip(base, module.learning(), strict=True):
+        assert new.isfinite().all()
+        assert not torch.equal(old, new.cpu())
+    state = trainer.optimizers[0].state
+    kinds = {state[weight]["state1"].dtype for weight in module.learning() if weight.numel() >= 4096}
+    assert kinds == {torch.uint8}
+
+
 def test_any_other_optimizer_by_its_class(tiny_sd: Path) -> None:
     other = "model.optim._target_=torch.optim.RMSprop"
     _, rows = run(module_of(tiny_sd, optim=checked(optim("adamw", other, "~model.optim.betas"))), 1)

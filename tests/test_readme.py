@@ -12,17 +12,25 @@ from dreambooth.run_folder import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+SHELL = {">", ">>", "<", "|", "&&", ";"}
 
 
 def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    pages = README + (ROOT / "docs" / "data.md").read_text()
-    lines = "".join(blocks("bash", pages)).replace("\\\n", " ").splitlines()
-    typed = [shlex.split(line, comments=True) for line in lines if "launch.py" in line]
-    return [sweepless(command) if "-m" in command else command for command in typed]
+def commands() -> dict[str, list[str]]:
+    """What is typed after the program's name on every page, by page and line; not what a shell would fill in."""
+    found = {}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for line in "".join(blocks("bash", page.read_text())).replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            name = "launch.py" if "launch.py" in words else "dreambooth"
+            ours = name == "launch.py" or words[:1] == [name]
+            if ours and not SHELL & set(words) and "$" not in line:
+                command = words[words.index(name) + 1 :]
+                found[f"{page.name}: {' '.join(command)}"] = sweepless(command) if "-m" in command else command
+    return found
 
 
 def sweepless(command: list[str]) -> list[str]:
@@ -30,11 +38,14 @@ def sweepless(command: list[str]) -> list[str]:
     return [word.partition(",")[0] for word in command if word != "-m"]
 
 
-def test_every_command_composes():
-    assert len(commands()) > 8
-    for command in commands():
-        arguments = command[command.index("launch.py") + 1 :]
-        assert arguments == ["--help"] or config.compose(arguments)
+@pytest.mark.parametrize("command", commands().values(), ids=[name[:90] for name in commands()])
+def test_every_command_composes(command):
+    assert command == ["--help"] or config.compose(command)
+
+
+def test_every_page_with_commands_is_read():
+    pages = {name.partition(":")[0] for name in commands()}
+    assert pages >= {"README.md", "data.md", "evaluation.md", "scale.md", "webdataset.md"}
 
 
 def test_every_target_of_make_exists():

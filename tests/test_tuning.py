@@ -35,6 +35,7 @@ TUNINGS: dict[str, tuple[Any, bool]] = {
     "lora": (LORA, False),
     "lora and text encoder": (LORA, True),
     "dora and text encoder": (partial(LORA, use_dora=True), True),
+    "rslora": (partial(LORA, use_rslora=True), False),
 }
 PLAIN = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)  # what has no gradient does not change
 HOW = {"steps": 2, "guidance": 3.0, "sampler_type": "DDIM", "resolution": 32}
@@ -132,11 +133,12 @@ def check_the_loss(module: Any, prior: bool, photos: Path | None) -> None:
     module._quarters.clear()
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_an_adapter_is_added_once_and_taken_off_without_a_trace(tiny_sd: Path, tmp_path: Path, dora: bool) -> None:
-    """W + alpha / rank · B·A, merged within itself once; off, or after it, the base bit for bit."""
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora"])
+def test_an_adapter_is_added_once_and_taken_off_without_a_trace(tiny_sd: Path, tmp_path: Path, kind: str) -> None:
+    """W + s·B·A, merged within itself once; off, or after it, the base bit for bit."""
     family, plain = StableDiffusion(str(tiny_sd)), StableDiffusion(str(tiny_sd))
-    tuning = LORA(family, use_dora=dora, train_text_encoder=True)
+    dora, s = kind == "dora", 3 / 2**0.5 if kind == "rslora" else 3 / 2
+    tuning = LORA(family, use_dora=dora, use_rslora=kind == "rslora", train_text_encoder=True)
     for weight in tuning.weights().values():
         weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
     learned = dict(tuning.learned.items())
@@ -157,7 +159,7 @@ def test_an_adapter_is_added_once_and_taken_off_without_a_trace(tiny_sd: Path, t
         for key, base in bases[name].items():
             stem = key.removesuffix(".weight")
             a, b = (states[name].get(f"{stem}.lora_{part}.default.weight") for part in "AB")
-            expected = base if a is None or b is None else base + 3 / 2 * b @ a
+            expected = base if a is None or b is None else base + s * b @ a
             if dora and a is not None:
                 length = states[name][f"{stem}.lora_magnitude_vector.default.weight"]
                 expected = length[:, None] * expected / expected.norm(dim=1, keepdim=True)
@@ -252,6 +254,22 @@ def test_a_text_encoder_that_stops(name: str, tiny_sd: Path, tmp_path: Path) -> 
         assert moments.kept == [number < 2 for number in range(step, 5)]
 
 
+def test_dropout_of_an_adapter_is_a_function_of_the_step(tiny_sd: Path, tmp_path: Path) -> None:
+    """It changes what is learned, and a resume, whatever was drawn at random before, equals the unbroken run."""
+    make = partial(module_of, tiny_sd, tuning=partial(LORA, dropout=0.5), text=True, optim=PLAIN)
+    whole = make()
+    _, rows = run(whole, 3, callbacks=[Checkpoint(1, -1)], default_root_dir=tmp_path)
+    _, without = run(module_of(tiny_sd, tuning=LORA, text=True, optim=PLAIN), 3)
+    assert rows[0]["loss"] == without[0]["loss"]  # B is 0
+    assert rows[0]["grad_norm"] != without[0]["grad_norm"]
+    assert rows[1]["loss"] != without[1]["loss"]
+    torch.manual_seed(99)
+    resumed = make()
+    _, again = run(resumed, 3, resume=tmp_path / "checkpoints" / "step_000001.ckpt")
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows[1:]]
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
 @pytest.mark.parametrize("name", TUNINGS)
 def test_a_teacher_instead_of_pictures(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     """The class is asked for what the untouched base predicts of its prompt; resume is exact."""
@@ -267,16 +285,20 @@ def test_a_teacher_instead_of_pictures(name: str, tiny_sd: Path, tmp_path: Path)
     run(resumed, 3, resume=tmp_path / "checkpoints" / "step_000001.ckpt")
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in module.state_dict().items())
 
-    plain = StableDiffusion(str(tiny_sd))
     batch = Latents(module.family, 2, 1, True, text).stream().batch(7, 0)
-    batch |= {"cond": plain.encode_prompts(batch["prompts"])} if not text else {}
+    batch |= {"cond": module.family.encode_prompts(batch["prompts"])} if not text else {}
+    check_the_teacher(module, StableDiffusion(str(tiny_sd)), batch)
+
+
+def check_the_teacher(module: Any, plain: StableDiffusion, batch: dict[str, Any]) -> torch.Tensor:
+    """The losses of the batch are those of a pass of each network, the class against the plain one's prediction."""
     seen: list[nn.Module] = []
     handle = module.family.unet.register_forward_pre_hook(lambda network, _: seen.append(network.training))
     with torch.no_grad():
         per_example = module.training_step(batch, 0)["per_example"]
         handle.remove()
         assert seen == [False, True]
-        cond = module.family.encode_prompts(batch["prompts"]) if text else batch["cond"]
+        cond = module.family.encode_prompts(batch["prompts"])
         noise = module.draw(batch, "noise", (4, 8, 8))
         x0 = plain.latents(batch["moments"], module.draw(batch, "posterior", (4, 8, 8)))
         t = module.objective.sample_t(module.draw_levels(batch))
@@ -288,6 +310,7 @@ def test_a_teacher_instead_of_pictures(name: str, tiny_sd: Path, tmp_path: Path)
         )
         expected = (module.family.denoise(x_t, t, cond) - goal).square().flatten(1).mean(1)
     torch.testing.assert_close(per_example, expected, rtol=1e-4, atol=1e-6)
+    return per_example[batch["is_prior"]]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Pictures streamed from tar shards: what is in a shard, the order, the batches, and runs on them."""
 
+import json
 import logging
 import os
 import shutil
@@ -278,6 +279,42 @@ def test_either_set_may_be_in_shards_and_the_other_in_its_folder(
         data(tiny, photos, regularization_shards=paths).check()
 
 
+@pytest.mark.parametrize("captions", [True, False])
+def test_dropped_prompts_are_empty_in_either_role(tiny: StableDiffusion, photos: Path, captions: bool) -> None:
+    """As often as the key says; where prompts are encoded once, with the embedding of the empty one."""
+    paths = write_shards(photos.parent / "shards", [3, 2], captions=captions)
+    module = data(tiny, photos, instance_shards=paths, caption_dropout=0.3, micro_batch_size=2)
+    module.setup("fit")
+    batches = list(islice(module.train_dataloader(), 100))
+    for half in (slice(0, 2), slice(2, 4)):
+        dropped = [prompt == "" for batch in batches for prompt in batch["prompts"][half]]
+        assert 40 < sum(dropped) < 90  # of 200
+    assert all(("cond" in batch) != captions for batch in batches)
+    known = {} if captions else {prompt: tiny.encode_prompts([prompt]) for prompt in set(batches[0]["prompts"]) | {""}}
+    for batch in batches if known else ():
+        for row, prompt in enumerate(batch["prompts"]):
+            assert prompt not in known or torch.equal(
+                batch["cond"]["prompt_embeds"][row], known[prompt]["prompt_embeds"][0]
+            )
+
+
+TWO = [
+    {"instance_dir": word, "instance_prompt": f"a {word} dog", "regularization_prompt": "a dog"}
+    for word in ("sks", "zwx")
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("subjects", TWO), ("buckets", True), ("masks", "alpha"), ("captions", "sidecar"), ("prior", "teacher")],
+)
+def test_what_shards_cannot_do_is_one_line(tiny: StableDiffusion, photos: Path, key: str, value: Any) -> None:
+    paths = write_shards(photos.parent / "shards", [3])
+    with pytest.raises(UserError, match=rf"^model\.(data\.)?{key}\b.*shards") as caught:
+        data(tiny, photos, instance_shards=paths, **{key: value}).check()
+    assert "\n" not in str(caught.value)
+
+
 def test_another_number_of_readers_is_said(tiny: StableDiffusion, photos: Path, caplog: Any) -> None:
     module = data(tiny, photos, instance_shards=write_shards(photos.parent / "shards", [3]), num_workers=2)
     module.load_state_dict({"readers": 2})
@@ -342,6 +379,22 @@ def test_a_run_on_shards_stops_and_goes_on_as_if_unbroken(tmp_path: Path, caplog
         run("broken", 7, workers=0)
     assert any("2 readers" in line and "now 1 do" in line for line in caplog.messages)
     assert any("instance shards: 6 pictures skipped" in line for line in caplog.messages)
+
+
+@pytest.mark.slow
+def test_ranks_with_unequal_shares_wait_for_nobody(tmp_path: Path) -> None:
+    """Two processes over gloo, each with a shard of its own, of 3 and of 2 pictures: over the ends of all epochs."""
+    write_shards(tmp_path / "shards", [3, 2])
+    own = ["trainer.devices=2", "strategy=ddp", "trainer.max_steps=8", "model.data.num_workers=0", "hydra.run.dir=run"]
+    words = [*RUN.split(), *own, "model.data.instance_shards=shards/*.tar"]
+    command = [sys.executable, str(Path(__file__).parents[1] / "launch.py"), *words]
+    env = os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "x 2 ranks x" in done.stdout + done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["num_shards"]) == (8, {"instance": 2})
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 9
 
 
 MEMORY = """

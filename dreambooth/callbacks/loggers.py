@@ -1,12 +1,20 @@
 """What the run's loggers are told, beside the files of the run folder."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 from PIL import Image
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+
+
+def weights_and_biases(**settings: Any) -> "partial[WandbLogger]":
+    """Lightning's logger for W&B, still to be given the run folder; ModuleNotFoundError at once without its package."""
+    import wandb  # noqa: F401
+
+    return partial(WandbLogger, **settings)
 
 
 def tell(trainer: pl.Trainer, values: Mapping[str, float | None], step: int) -> None:

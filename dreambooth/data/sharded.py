@@ -54,7 +54,6 @@ class ShardedDataModule(DreamBoothDataModule):
             "buckets": self.shapes != [self.resolution],
             "masks": self.beside.masks,
             "captions": self.beside.captions and INSTANCE in self.given,
-            "caption_dropout": self.caption_dropout,
         }
         for key, value in beside.items():
             if value:
@@ -96,17 +95,18 @@ class ShardedDataModule(DreamBoothDataModule):
 
     def streamed(self, source: Source, encoder: Encoder) -> FolderRole | ShardRole:
         """What is streamed, with the embeddings of its prompt unless every step reads prompts."""
-        read = self.train_text_encoder or self.captioned
+        read, empty = self.train_text_encoder or self.captioned, [""] * bool(self.caption_dropout)
         if source.role in self.shards:
-            conds = None if read else encoder.prompts(source, [source.prompt])
+            conds = None if read else encoder.prompts(source, [source.prompt, *empty])
             return ShardRole(source.name, source.prompt, self.shards[source.role], self.shuffle, conds)
         found = self.beside.described(source)
-        conds = None if read else encoder.prompts(source, found.values())
+        conds = None if read else encoder.prompts(source, [*found.values(), *empty])
         return FolderRole(source.name, list(found.values()), list(found), conds)
 
     def stream(self) -> ShardStream:
         """The micro-batches of this rank."""
-        return ShardStream(self.ready, resolution=self.resolution, **self.division)  # type: ignore[arg-type]
+        how = {"resolution": self.resolution, "caption_dropout": self.caption_dropout, **self.division}
+        return ShardStream(self.ready, **how)  # type: ignore[arg-type]
 
     @property
     def epoch_size(self) -> int:

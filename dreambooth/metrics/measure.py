@@ -79,7 +79,7 @@ class Asked:
     """``count`` pictures of a prompt, which count for a role of a subject: "subject" or "class"."""
 
     prompt: str
-    count: int
+    count: int  # type: ignore[assignment]  # not the method of a tuple
     role: str
     subject: Subject
 

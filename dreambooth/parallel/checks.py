@@ -3,15 +3,13 @@
 from typing import Any
 
 import torch
-from hydra.utils import get_class
+from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.errors import UserError
 
 # What these do to one number of a weight depends on no other number of it.
 ELEMENTWISE = tuple(f"torch.optim.{name}" for name in ("AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "SGD"))
-
-PLAIN_TUNINGS = ("dreambooth.tuning.full.Full", "dreambooth.tuning.lora.Lora")
 
 
 def check(cfg: DictConfig) -> None:
@@ -32,8 +30,12 @@ def check_cut(cfg: DictConfig, strategy: str) -> None:
             f"model.optim: {strategy} gives each rank a part of a weight, and {model.optim._target_} needs it whole; "
             "type model/optim=adamw, or strategy=ddp"
         )
-    if model.tuning._target_ not in PLAIN_TUNINGS:
-        raise UserError(f"model/tuning: {strategy} knows full and lora; type one of them, or strategy=ddp")
+    tuning = get_object(model.tuning._target_)
+    if not getattr(tuning, "may_be_cut", False):
+        raise UserError(
+            f"model/tuning: {strategy} gives each rank a part of a weight, of which {tuning.__name__} knows nothing; "
+            "type model/tuning=full or lora, or strategy=ddp"
+        )
     if model.prior == "teacher":
         raise UserError(f"model.prior=teacher: {strategy} cannot set aside what was learned; type strategy=ddp")
     if model.tuning.get("stop_text_encoder_at") is not None:

@@ -26,12 +26,13 @@ class Tuning(ABC):
         family: the networks, with the weights of the source.
         train_text_encoder: whether something of the text encoder learns, too.
         text_encoder_lr: its own learning rate; None: the optimizer's.
-        stop_text_encoder_at: the optimizer step from which on it is frozen, or below 1 a share of all steps; None: it
-            learns to the end.
+        stop_text_encoder_at: the optimizer step from which on it is frozen; None: it learns to the end. Below 1 it is a
+            share of all steps, which ``Pivotal`` hands on of its word; the key of this name takes a step only.
     """
 
     separate = False  # whether what learned is files of its own beside the base (``save``)
     drifts = True  # whether what learns can change pictures of the class
+    may_be_cut = False  # whether it works where each rank holds a part of a weight: fsdp, ZeRO
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class Lora(Tuning):
         UserError: a network has no such layer, or PEFT has no adapter for its kind.
     """
 
-    separate = True
+    separate, may_be_cut = True, True
 
     def __init__(
         self,
