@@ -79,7 +79,7 @@ class Asked:
     """``count`` pictures of a prompt, which count for a role of a subject: "subject" or "class"."""
 
     prompt: str
-    count: int  # type: ignore[assignment]  # not the method of a tuple
+    count: int
     role: str
     subject: Subject
 
