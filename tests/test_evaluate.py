@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dreambooth import UserError, compose, train
 from dreambooth.evaluation import evaluate
 from dreambooth.generation import generate
-from dreambooth.metrics.measure import read_scores
+from dreambooth.metrics.measure import read_scores, table
 from dreambooth.picture_files import TEXT_CHUNK
 from dreambooth.pocket import SUBJECTS
 from dreambooth.tasks import RunResult
@@ -150,6 +150,9 @@ def test_a_folder_of_pictures_needs_no_model(tmp_path):
     shutil.copy(SUBJECTS / "dog" / "0.png", tmp_path / "one")
     lonely = evaluate(compose([*cfg, "evaluate.prompts=a dog", f"evaluate.images={tmp_path / 'one'}"]))
     assert lonely.metrics["after"]["div"] is None
+    notes = table(lonely.metrics).splitlines()[-2:]
+    assert "pocket ViT" in notes[0] and "without the rare word" in notes[0]
+    assert notes[1] == "div is undefined: there is no second picture of any prompt"
 
 
 @pytest.mark.parametrize(

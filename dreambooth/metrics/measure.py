@@ -200,7 +200,17 @@ def table(metrics: Mapping[str, Any]) -> str:
         for name in means["before"]:
             cells = [_cell(means[kind][name]) for kind in SETS]
             lines.append(f"  {name:6}{cells[0]:>9}{cells[1]:>9}{'':19}{cells[2]:>9}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_footnotes(metrics)])
+
+
+def _footnotes(metrics: Mapping[str, Any]) -> list[str]:
+    """By what was measured, which the numbers depend on, and why diversity is missing."""
+    by = "; ".join(f"{name}: {what}" for name, what in metrics["encoders"].items())
+    rare = "without" if metrics["text"] == "class" else "with"
+    notes = [f"measured by {by}; clip_t's prompt is taken {rare} the rare word"] if by else []
+    if "lpips" in metrics["encoders"] and metrics["after"].get("div", 0) is None:
+        notes.append("div is undefined: there is no second picture of any prompt")
+    return notes
 
 
 def _cell(value: float | None) -> str:

@@ -57,6 +57,7 @@ def _sections(run: RunData, album: Album) -> dict[str, Any]:
         "table": _table(run),
         "sets": SETS,
         "encoders": run.summary.get("metrics", {}).get("encoders") or {},
+        "clip_text": run.summary.get("metrics", {}).get("text"),
         "times": _times(run),
         "counts": _counts(run),
         "versions": run.summary.get("versions") or {},
