@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -129,6 +130,7 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _share(temporary)
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -142,6 +144,15 @@ def atomic(path: Path) -> Iterator[Path]:
             reason = getattr(error, "strerror", None) or "no space left on the device?"
             raise UserError(f"cannot write {path}: {reason}; make room or name another folder") from error
         raise
+
+
+def _share(path: Path) -> None:
+    """Give what was written the permissions of any new file: safetensors keeps its files to their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if not file.is_symlink() and file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(0o666 & ~mask)
 
 
 def sweep(folder: Path) -> None:

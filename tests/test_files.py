@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, content_key, list_pictures, open_picture, sweep
@@ -95,6 +96,17 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     assert upright.size == (4, 6)
     assert upright.getpixel((3, 0)) == (255, 255, 255)
     assert upright.getpixel((0, 5)) == (0, 0, 0)
+
+
+def test_what_is_written_is_for_whom_any_file_is(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    with atomic(tmp_path / "folder") as path:
+        path.mkdir()
+        save_file({"a": torch.zeros(2)}, path / "a.safetensors")
+    with atomic(tmp_path / "b.safetensors") as path:
+        save_file({"b": torch.zeros(2)}, path)
+    modes = {name: (tmp_path / name).stat().st_mode for name in ("any", "folder/a.safetensors", "b.safetensors")}
+    assert len(set(modes.values())) == 1, modes
 
 
 def test_atomic_is_whole_or_absent(tmp_path: Path) -> None:
