@@ -102,10 +102,10 @@ def jobs(config: DictConfig) -> Iterator[Any]:
     Where one cannot be composed, that is left for Hydra to say.
     """
     parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    choices = []
+    choices: list[list[str]] = []
     for each in parsed:
         if not each.is_sweep_override():
-            choices.append([each.input_line])
+            choices.append([str(each.input_line)])
         elif each.is_discrete_sweep():
             key = each.get_key_element()
             values = [f"{key}={value}" for value in each.sweep_string_iterator()]

@@ -115,6 +115,7 @@ class Watch:
         with server:
             while len(self.peers.get_map()) < self.world - 1:
                 connection = server.accept()[0]
+                connection.settimeout(CONNECT)
                 given, _, about = connection.makefile("r").readline().rstrip("\n").partition("\t")
                 if given == token:
                     rank, name, path = about.split("\t")
