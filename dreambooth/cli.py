@@ -18,7 +18,7 @@ from dreambooth import config, hub
 from dreambooth.errors import UserError
 from dreambooth.nearest import nearest
 from dreambooth.run_folder import is_rank_zero
-from dreambooth.sweep import Outcome, is_sweep, refuse
+from dreambooth.sweep import Outcome, is_sweep, refuse, submission
 
 TASKS: dict[str, str] = {
     "prepare": "dreambooth.tasks:prepare",
@@ -47,6 +47,10 @@ def main() -> None:
         _fail(error)
     except OSError as error:  # Hydra makes the run folder before the task begins
         _fail(f"cannot write the run folder {error.filename}: {error.strerror}; choose another with hydra.run.dir=DIR")
+    except Exception as error:
+        if (refused := submission(error)) is None:
+            raise
+        _fail(refused)
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")

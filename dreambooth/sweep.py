@@ -8,23 +8,33 @@ import logging
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dreambooth import hub
+from dreambooth.config import COMPOSITION_ERRORS
 from dreambooth.errors import UserError
 from dreambooth.run_folder import is_rank_zero
 from dreambooth.slurm import device_count, launched_by_srun
 
 RECORDS = ".sweep"  # in the sweep's folder while it lasts: a file for each job, whichever machine it ran on
 MEASURED = ("train", "benchmark")
+# What decides whether a job can start; of what else is swept, one value stands for all.
+DECISIVE = (
+    "task experiment model model.from_pretrained model.revision trainer trainer.devices trainer.num_nodes".split()
+)
 
 
 class Outcome(NamedTuple):
@@ -44,7 +54,9 @@ class SweepTable(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            hub.check(config)  # before jobs are submitted that would wait for their turn to say so
+            for job in jobs(config):  # before some are submitted that would wait for their turn to say so
+                refuse(job, config.hydra)
+                hub.check(job)
             if submits(config.hydra) and shutil.which("srun") is None:
                 raise UserError("hydra/launcher=slurm: there is no srun here; type it on a login node of the cluster")
         except UserError as error:
@@ -84,6 +96,29 @@ class SweepTable(Callback):
             sys.exit(max(record["code"] or 1 for record in failed))
 
 
+def jobs(config: DictConfig) -> Iterator[Any]:
+    """The trees of a sweep's jobs, one for each combination of what decides whether they can start.
+
+    Where one cannot be composed, that is left for Hydra to say.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    choices: list[list[str]] = []
+    for each in parsed:
+        if not each.is_sweep_override():
+            choices.append([str(each.input_line)])
+        elif each.is_discrete_sweep():
+            key = each.get_key_element()
+            values = [f"{key}={value}" for value in each.sweep_string_iterator()]
+            choices.append(values if key in DECISIVE else values[:1])
+        else:
+            return
+    for combination in product(*choices):
+        try:
+            yield compose("config", overrides=list(combination))
+        except COMPOSITION_ERRORS:
+            return
+
+
 def is_sweep(hydra_node: Any) -> bool:
     """Whether a job is one of a sweep."""
     return bool(hydra_node.mode == RunMode.MULTIRUN)
@@ -111,6 +146,15 @@ def refuse(cfg: Any, hydra_node: Any) -> None:
             f"trainer.devices={cfg.trainer.devices} in a sweep: its processes would each begin the sweep anew; type "
             "hydra/launcher=slurm, or put torchrun --nproc-per-node in front of launch.py"
         )
+
+
+def submission(error: BaseException) -> UserError | None:
+    """What sbatch said when it took no jobs, as one line; None for any other error."""
+    cause = error.__cause__
+    if not isinstance(cause, subprocess.CalledProcessError) or Path(str(cause.cmd[0])).name != "sbatch":
+        return None
+    said = " ".join(str(cause.stderr or cause.output).split())
+    return UserError(f"hydra/launcher=slurm: {said or 'sbatch failed'}; see hydra.launcher.partition, account and qos")
 
 
 def _record(config: DictConfig, outcome: Outcome) -> None:

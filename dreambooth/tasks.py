@@ -212,6 +212,8 @@ def quieten() -> None:
         logging.getLogger("dreambooth").setLevel(logging.ERROR)
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # All but this: which rank died, before Lightning ends the others.
+    logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     # On a login node, where it helps nobody; a job that lacks srun is refused by slurm.check.
     warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
     # Cached latents need no loader processes; and Lightning 2.6 asks torch 2.9 and later in a way that torch dislikes.

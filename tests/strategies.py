@@ -6,6 +6,7 @@ The processes are forked from a server that has imported everything, so that a p
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -23,6 +24,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from dreambooth.callbacks.checkpoint import Checkpoint, newest
 from dreambooth.callbacks.ema import Ema
 from dreambooth.callbacks.export import Export
+from dreambooth.callbacks.preemption import Preemption
 from dreambooth.parallel.fsdp import FsdpStrategy
 from dreambooth.parallel.zero import ZeroStrategy
 from dreambooth.tuning.lora import Lora
@@ -76,6 +78,8 @@ class Job:
     lora: bool = False
     precision: str = "32-true"
     pause: float = 0.0
+    told: int | None = None  # the step in which the second rank gets USR1
+    photos: Path | None = None  # encoded in every step; else latents are made up
     module: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> Any:
@@ -88,7 +92,15 @@ class Job:
             size=self.size,
             prior=self.prior,
             poison=self.poison,
-            callbacks=[Ema(self.ema), Record(self), Export(merged=True), Checkpoint(2, save_last_k=-1)],
+            photos=self.photos,
+            callbacks=[
+                Ema(self.ema),
+                Record(self),
+                Told(self.told),
+                Preemption(),
+                Export(merged=True),
+                Checkpoint(2, save_last_k=-1),
+            ],
             resume=resume,
             enable_checkpointing=True,
             default_root_dir=self.folder,
@@ -125,6 +137,17 @@ class Record(pl.Callback):
             with (self.job.folder / "rows.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self.step, **row}) + "\n")
         time.sleep(self.job.pause)
+
+
+class Told(pl.Callback):
+    """USR1 to the second rank in the middle of a step, and to no other."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_before_backward(self, trainer: Any, *_: object) -> None:
+        if (trainer.global_rank, trainer.global_step + 1) == (1, self.step):
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def rows(folder: Path) -> dict[int, dict[str, float]]:
@@ -180,6 +203,8 @@ def _rank(job: Job, rank: int, port: int) -> None:
     os.dup2(log.fileno(), 2)
     try:
         job()
+    except SystemExit as end:
+        os._exit(end.code)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -161,6 +161,16 @@ def test_subjects_are_dealt_out(env, expected, monkeypatch):
     assert share() == expected
 
 
+@pytest.mark.parametrize("typed", ["trainer.devices=2", "trainer.num_nodes=2", "trainer.devices=[0,1]"])
+def test_several_processes_for_a_subject_are_refused_before_anything(typed: str, layout, tmp_path) -> None:
+    """Each would forget its place, take itself for the first, and start others."""
+    words = [*small(tmp_path / "no model", layout, tmp_path / "out"), "callbacks/evaluate=default", typed]
+    line = r"^trainer\.devices=.*type trainer\.devices=1 trainer\.num_nodes=1.*srun, torchrun .*hydra\.run\.dir$"
+    with pytest.raises(UserError, match=line):
+        benchmark(compose(words))
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_was_measured_on_the_way_is_averaged_by_step(tmp_path):
     head = "step,dino,clip_i,clip_t,pres,div,copy,score\n"
     for name, rows in (("a", "0,0.1,,,0.2,,,\n5,0.5,,,0.3,,,\n"), ("b", "0,0.3,,,0.2,,,\n5,0.7,,,,,,\n9,0.8,,,,,,\n")):

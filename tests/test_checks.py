@@ -19,6 +19,11 @@ GPUS = "trainer.accelerator=gpu"
         ([GPUS, "trainer.devices=4"], 2, ["trainer.devices=4", "2 GPUs"]),
         ([GPUS, "trainer.devices=[0,2]"], 2, ["trainer.devices=[0, 2]", "2 GPUs"]),
         (["trainer.devices=4"], 2, ["trainer.devices=4", "2 GPUs"]),
+        (["trainer.devices='0,7'"], 2, ["trainer.devices=0,7", "2 GPUs", "trainer.devices=2"]),
+        (["trainer.devices='4'"], 2, ["trainer.devices=4", "2 GPUs"]),
+        (["trainer.devices=6400"], 0, ["trainer.devices=6400", "CPUs", "or fewer"]),
+        (["trainer.devices=6400", "trainer.accelerator=cpu"], 2, ["trainer.devices=6400", "CPUs"]),
+        (["trainer.num_nodes=2"], 0, ["trainer.num_nodes=2", "srun", "torchrun --nnodes", "MASTER_ADDR"]),
         (["strategy=fsdp", "trainer.precision=16-mixed"], 0, ["16-mixed", "fsdp", "bf16-mixed"]),
         (["strategy=deepspeed_2", "trainer.precision=16-mixed"], 2, ["16-mixed", "bf16-mixed"]),
         (["strategy=fsdp", "model/optim=adafactor"], 0, ["model.optim", "strategy=fsdp", "model/optim=adamw"]),
@@ -53,6 +58,23 @@ def test_what_cannot_be_done(
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_what_a_strategy_that_cuts_knows(tuning: str) -> None:
     checks.check(compose(["strategy=fsdp", f"model/tuning={tuning}", "trainer.accelerator=cpu"]))
+
+
+@pytest.mark.parametrize(("gpus", "devices"), [(0, "2"), (8, "'0,7'"), (8, "auto"), (8, "-1"), (2, "[0,1]")])
+def test_what_is_there_may_be_asked_for(gpus: int, devices: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes on any machine, of one CPU, too."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(checks.os, "cpu_count", lambda: 1)
+    checks.check(compose([f"trainer.devices={devices}"]))
+
+
+def test_several_nodes_whose_processes_somebody_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "NODE_RANK"):
+        monkeypatch.setenv(name, "0")
+    checks.check(compose(["trainer.num_nodes=2"]))
+    monkeypatch.delenv("NODE_RANK")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    checks.check(compose(["trainer.num_nodes=2"]))
 
 
 def test_a_package_that_is_missing_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:

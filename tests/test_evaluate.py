@@ -151,7 +151,8 @@ def test_a_folder_of_pictures_needs_no_model(tmp_path):
     lonely = evaluate(compose([*cfg, "evaluate.prompts=a dog", f"evaluate.images={tmp_path / 'one'}"]))
     assert lonely.metrics["after"]["div"] is None
     notes = table(lonely.metrics).splitlines()[-2:]
-    assert "pocket ViT" in notes[0] and "without the rare word" in notes[0]
+    assert "pocket ViT" in notes[0]
+    assert "without the rare word" in notes[0]
     assert notes[1] == "div is undefined: there is no second picture of any prompt"
 
 

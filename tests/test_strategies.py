@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 
 from dreambooth import UserError, compose, train
 from dreambooth.callbacks.checkpoint import checkpoints
+from dreambooth.parallel.export import export
 from dreambooth.parallel.tensors import read
+from dreambooth.run_folder import open_run
 from tests import strategies
 from tests.strategies import Job, finish, kill_after, rows
 from tests.test_evaluate import MEASURED
@@ -35,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "deepspeed_2": {"lora": True, "accumulate": 2, "size": 4},
     "deepspeed_3": {"ema": None, "module": {"gradient_checkpointing": True}},
 }
+UNCACHED = {"ema": None, "photos": Path("photos")}  # as with use_cached_latents=false
 EXHAUSTIVE: list[tuple[str, dict[str, Any]]] = [
     ("fsdp", {"module": {"text": True, "gradient_checkpointing": True}}),
     ("fsdp", {"ema": None, "clip": None, "prior": False}),
@@ -43,12 +46,17 @@ EXHAUSTIVE: list[tuple[str, dict[str, Any]]] = [
     ("deepspeed_3", {"ema": None, "clip": None, "prior": False}),
     ("deepspeed_2_offload", {"accumulate": 2, "size": 4}),
     ("deepspeed_3_offload", {"ema": None}),
+    *((strategy, UNCACHED) for strategy in ("fsdp", "deepspeed_2", "deepspeed_3")),
+    *((strategy, {"ema": None, "precision": "bf16-mixed"}) for strategy in ("fsdp", "deepspeed_2", "deepspeed_3")),
+    *((strategy, {"lora": True}) for strategy in ("ddp", "deepspeed_1", "deepspeed_2_offload")),
+    ("deepspeed_3_offload", {"lora": True, "ema": None}),
 ]
 
 
-def alike(found: dict[str, float], expected: dict[str, float]) -> None:
-    """Metrics of one step, within the tolerance of another order of summation."""
-    assert found == pytest.approx(expected, rel=2e-4, abs=1e-6, nan_ok=True)
+def alike(found: dict[str, float], expected: dict[str, float], precision: str = "32-true") -> None:
+    """Metrics of one step, within the tolerance of another order of summation; bf16 has 8 bits."""
+    rel = 2e-4 if precision == "32-true" else 3e-2
+    assert found == pytest.approx(expected, rel=rel, abs=1e-6, nan_ok=True)
 
 
 def go_around(model: Path, folder: Path, strategy: str, options: dict[str, Any], ranks: int = 2) -> None:
@@ -65,20 +73,23 @@ def go_around(model: Path, folder: Path, strategy: str, options: dict[str, Any],
     found = rows(parts)
     assert list(found) == list(range(3, LAST + 1))
     for step, row in found.items():
-        alike(row, expected[step])
-    same_pipeline(whole.folder, parts)
+        alike(row, expected[step], whole.precision)
+    # AdamW goes a whole step of 1e-3 by the sign of a gradient, which in bf16 is chance where it is small.
+    atol = 3e-4 if whole.precision == "32-true" else 4e-3
+    same_pipeline(whole.folder, parts, atol)
     end = f"checkpoints/step_{LAST:06d}.ckpt"
     ours, theirs = read(parts / end, ""), read(whole.folder / end, "")
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, atol=3e-4, rtol=1e-2, msg=f"{name} differs")
+        if whole.precision == "32-true" or name.startswith("weights/"):
+            torch.testing.assert_close(ours[name], value, atol=atol, rtol=1e-2, msg=f"{name} differs")
     one, two = (replace(whole, folder=place, steps=LAST + 1) for place in (parts, whole.folder))
     one(), two()
-    alike(rows(parts)[LAST + 1], rows(whole.folder)[LAST + 1])
+    alike(rows(parts)[LAST + 1], rows(whole.folder)[LAST + 1], whole.precision)
     assert [int(path.stem[5:]) for path in checkpoints(parts / "checkpoints")] == [2, 4, 6, 7]
 
 
-def same_pipeline(expected: Path, found: Path) -> None:
+def same_pipeline(expected: Path, found: Path, atol: float = 3e-4) -> None:
     """What was exported is the same within the tolerance of the weights."""
     files = sorted(path.relative_to(expected) for path in (expected / "pipeline").rglob("*.safetensors"))
     assert files
@@ -86,7 +97,7 @@ def same_pipeline(expected: Path, found: Path) -> None:
         ours, theirs = load_file(found / path), load_file(expected / path)
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            torch.testing.assert_close(ours[name], value, atol=3e-4, rtol=0)
+            torch.testing.assert_close(ours[name], value, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("strategy", CASES)
@@ -96,14 +107,53 @@ def test_goes_around(tiny_sd: Path, tmp_path: Path, strategy: str) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("strategy", "options"), EXHAUSTIVE)
-def test_goes_around_with_other_options(tiny_sd: Path, tmp_path: Path, strategy: str, options: dict[str, Any]) -> None:
-    go_around(tiny_sd, tmp_path, strategy, options)
+def test_goes_around_with_other_options(
+    tiny_sd: Path, photos: Path, tmp_path: Path, strategy: str, options: dict[str, Any]
+) -> None:
+    given = {"photos": photos} if "photos" in options else {}
+    go_around(tiny_sd, tmp_path, strategy, options | given)
 
 
 @pytest.mark.exhaustive
-def test_hybrid_shards(tiny_sd: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_hybrid_shards(tiny_sd: Path, tmp_path: Path, lora: bool) -> None:
     """Four ranks, two groups of two that each hold all weights together."""
-    go_around(tiny_sd, tmp_path, "fsdp_hybrid", {"size": 4}, ranks=4)
+    go_around(tiny_sd, tmp_path, "fsdp_hybrid", {"size": 4, "lora": lora}, ranks=4)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_2", "deepspeed_3"])
+@pytest.mark.exhaustive
+def test_what_a_killed_pair_left_is_exported(strategy: str, tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
+    """By task=export, which is one process: the weights of the pair's checkpoint."""
+    run = tmp_path / "run"
+    open_run(compose([*short_run(tiny_sd, photos, run), "model.ema.decay=null"]), run)
+    pair = Job(tiny_sd, run, strategy, 2, steps=LAST, size=1, ema=None, pause=0.3)
+    kill_after(pair, "checkpoints/step_000004.ckpt")
+    export(compose(["task=export", f"infer.model={run}"]))
+    expected = read(run / "checkpoints/step_000004.ckpt", "weights/")
+    found = load_file(run / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    assert len(expected) == len(found)
+    for name, value in expected.items():
+        assert torch.equal(found[name.removeprefix("unet.")], value), name
+
+
+@pytest.mark.exhaustive
+def test_usr1_to_one_of_two_that_share_the_weights(tiny_sd: Path, tmp_path: Path) -> None:
+    """Both save together at the end of the next step; what goes on from there is the unbroken run."""
+    whole = Job(tiny_sd, tmp_path / "whole", steps=LAST)
+    whole.folder.mkdir()
+    whole()
+    pair = replace(whole, folder=tmp_path / "parts", strategy="fsdp", ranks=2, size=1, told=2)
+    processes = strategies.start(pair)
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [143, 143]
+    assert [path.stem for path in checkpoints(pair.folder / "checkpoints")] == ["step_000002", "step_000003"]
+    finish(replace(pair, told=None))
+    assert list(rows(pair.folder)) == list(range(1, LAST + 1))
+    for step, row in rows(pair.folder).items():
+        alike(row, rows(whole.folder)[step])
+    same_pipeline(whole.folder, pair.folder)
 
 
 def test_strategies_hand_over_to_each_other(tiny_sd: Path, tmp_path: Path) -> None:

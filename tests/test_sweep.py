@@ -114,12 +114,12 @@ def test_every_job_has_its_folder_and_one_that_fails_ends_no_other(sweep, tmp_pa
 
 def test_processes_that_lightning_would_start_are_refused(sweep, tmp_path: Path) -> None:
     code, out, err = sweep("seed=1,2", "trainer.devices=2")
-    assert code == 2
-    assert str(tmp_path / "outputs") not in out
-    lines = [line for line in err.splitlines() if line.startswith("dreambooth: ")]
-    assert lines[:-1] == lines[:1] * 2
-    assert "hydra/launcher=slurm" in lines[0]
-    assert not (tmp_path / "outputs" / "dreambooth" / "sweep.md").exists()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("dreambooth: trainer.devices=2 in a sweep")
+    assert "hydra/launcher=slurm" in err
+    assert not (tmp_path / "outputs").exists()
+    code, out, err = sweep("seed=1,2", "trainer.devices=1,2")
+    assert (code, out, err.count("\n")) == (2, "", 1)
 
 
 def test_a_model_that_the_jobs_would_not_find_is_refused_before_they_are_submitted(sweep, tmp_path: Path) -> None:
@@ -129,6 +129,32 @@ def test_a_model_that_the_jobs_would_not_find_is_refused_before_they_are_submitt
     assert err.startswith("dreambooth: model.from_pretrained=nobody/nothing is not in ")
     assert err.endswith("type where there is a network: hf download nobody/nothing --revision main\n")
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("models", ["/nowhere/sd15", "pocket,./nowhere", "nowhere/a/b,pocket"])
+def test_a_folder_that_is_not_there_is_refused_before_anything_is_submitted(sweep, tmp_path: Path, models: str) -> None:
+    """Of the values that are swept, too."""
+    pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    code, out, err = sweep("hydra/launcher=slurm", f"model.from_pretrained={models}", "seed=1,2")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("dreambooth: No model at '")
+    assert "nowhere" in err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_what_sbatch_refuses_is_one_line(sweep, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    programs = {"srun": "exit 0", "sbatch": "echo 'sbatch: error: invalid partition: nope' >&2; exit 1"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code, _, err = sweep("hydra/launcher=slurm", "hydra.launcher.partition=nope", "seed=1,2")
+    assert (code, "Traceback" in err) == (2, False)
+    (line,) = (line for line in err.splitlines() if line.startswith("dreambooth: "))
+    assert line.startswith(
+        "dreambooth: hydra/launcher=slurm: sbatch: error: invalid partition: nope; see hydra.launcher."
+    )
 
 
 def test_the_launcher_without_its_packages_is_one_line() -> None:

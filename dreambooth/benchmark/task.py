@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.benchmark import results
 from dreambooth.benchmark.protocol import tasks_of
 from dreambooth.errors import UserError
 from dreambooth.run_folder import FOLDER_VARIABLE
+from dreambooth.slurm import device_count
 from dreambooth.tasks import train
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,10 @@ def benchmark(cfg: DictConfig) -> Benchmark:
     (``hydra.run.dir=DIR``). The same command goes on where a killed one stopped; a finished subject whose scores cannot
     be read is measured again, alone. Every process writes the tables of what is finished so far.
 
-    Raises UserError for a protocol without subjects or prompts, or an evaluation that is switched off.
+    Raises UserError for a protocol without subjects or prompts, an evaluation that is switched off, or several devices
+    for a subject.
     """
+    refuse_groups(cfg.trainer)
     if cfg.callbacks.evaluate is None:
         raise UserError("callbacks.evaluate is null: task=benchmark measures; type callbacks/evaluate=default")
     tasks, folder = tasks_of(cfg.benchmark), Path(cfg.run_dir)
@@ -71,6 +75,19 @@ def benchmark(cfg: DictConfig) -> Benchmark:
     on_the_way = results.write_curves(folder, results.curves(folders))
     log.info("%d of %d subjects\n%s\n%s", len(rows) - 3, len(tasks), text, on_the_way)
     return Benchmark(folder, rows)
+
+
+def refuse_groups(trainer: Any) -> None:
+    """Raise UserError for a trainer of several processes: each would take itself for the first and start others."""
+    devices, nodes = device_count(trainer.devices), trainer.num_nodes
+    if devices is None:  # all that are there; a CPU is one
+        devices = 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    if devices > 1 or nodes > 1:
+        raise UserError(
+            f"trainer.devices={trainer.devices} trainer.num_nodes={nodes}: task=benchmark trains each subject in one "
+            "process; type trainer.devices=1 trainer.num_nodes=1, and to share out the subjects put srun, torchrun "
+            "--nproc-per-node or sbatch --array in front, with one hydra.run.dir"
+        )
 
 
 def share() -> tuple[int, int]:

@@ -23,6 +23,7 @@ from dreambooth.data.views import Shape, View, draw_view
 from dreambooth.families.base import Family
 from dreambooth.files import file_hash
 from dreambooth.noise import generator
+from dreambooth.parallel.watch import watched
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     ``check`` finds what a user can have got wrong. ``setup`` does it first, then draws the missing regularization
     pictures, encodes pictures and prompts, and moves the networks that do not learn to the CPU. All ranks share the
-    work, on a common file system. ``counts`` says afterwards how many pictures there are, what was made, and how long
-    it took.
+    work, on a common file system. ``counts`` says then how many pictures there are, what was made, how long it took.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
         checks.writable(source.folder, source.key)
         self.drawing.inspect(source)
 
+    @watched
     def setup(self, stage: str | None = None) -> None:
         """Fill the regularization folder and the caches, together with the other ranks, then free the device."""
         self.check()
@@ -217,8 +218,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
     @property
     def shared(self) -> dict[str, Any]:
         """How the ranks share work, as ``regularization.fill`` and ``latents.gather`` take it."""
-        assert self.trainer is not None
-        trainer = self.trainer
+        trainer: Any = self.trainer
         return {"rank": trainer.global_rank, "world": trainer.world_size, "barrier": trainer.strategy.barrier}
 
     def views(self, content: str) -> list[View]:

@@ -11,6 +11,7 @@ from dreambooth.data.sources import INSTANCE, REGULARIZATION, Source
 from dreambooth.data.streaming import FolderRole, ShardRole, ShardStream
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
+from dreambooth.parallel.watch import watched
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class ShardedDataModule(DreamBoothDataModule):
         else:
             super().check_source(source)
 
+    @watched
     def setup(self, stage: str | None = None) -> None:
         """Draw what the regularization folder lacks, if it has one; encode the prompts; free the device."""
         self.check()

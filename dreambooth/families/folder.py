@@ -20,7 +20,7 @@ from transformers import CLIPTextModel
 from dreambooth.errors import UserError
 from dreambooth.families.base import own_weights
 from dreambooth.files import atomic
-from dreambooth.hub import HUB_ID, INDEX
+from dreambooth.hub import HUB_ID, INDEX, absent
 
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
@@ -36,10 +36,7 @@ def locate(source: str, revision: str | None = None, variant: str | None = None)
     if folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(source):
-        raise UserError(
-            f"No model at '{source}': type a folder that exists, a hub id like owner/name, or pocket "
-            "(model.from_pretrained, model.restore_from_path or infer.model)"
-        )
+        raise UserError(absent(source))
     try:
         return Path(DiffusionPipeline.download(source, revision=revision, variant=variant, use_safetensors=True))
     except FAILURES as error:

@@ -1,5 +1,6 @@
 """What the machine and the settings must be for a strategy, looked at before anything is loaded or written."""
 
+import os
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.errors import UserError
+from dreambooth.slurm import device_count, launched_by_srun
 
 # What these do to one number of a weight depends on no other number of it.
 ELEMENTWISE = tuple(f"torch.optim.{name}" for name in ("AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "SGD"))
@@ -49,10 +51,42 @@ def check_cut(cfg: DictConfig, strategy: str) -> None:
 def _check_devices(trainer: Any) -> None:
     asked, accelerator = trainer.devices, trainer.accelerator
     there = torch.cuda.device_count()
-    if accelerator == "cpu" or (there == 0 and (accelerator != "cuda" and torch.backends.mps.is_available())):
-        return
+    if trainer.num_nodes > 1 and not _started():
+        raise UserError(
+            f"trainer.num_nodes={trainer.num_nodes}: nothing here starts the processes of other nodes; put srun or "
+            "torchrun --nnodes in front, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each node"
+        )
     if accelerator in ("gpu", "cuda") and there == 0:
         raise UserError(f"trainer.accelerator={accelerator}: there is no GPU here; type trainer.accelerator=cpu")
-    many = max(asked) + 1 if OmegaConf.is_list(asked) and len(asked) else asked
-    if there and isinstance(many, int) and many > there:
+    if accelerator == "cpu" or there == 0:
+        if accelerator == "cpu" or not torch.backends.mps.is_available():
+            _check_processes(asked)
+        return
+    numbers = _numbers(asked)
+    many = max(numbers) + 1 if numbers else device_count(asked)
+    if many is not None and many > there:
         raise UserError(f"trainer.devices={asked}: there are {there} GPUs here; type trainer.devices={there} or fewer")
+
+
+def _numbers(asked: Any) -> list[int]:
+    """The devices that are named one by one, as in [0,7] or '0,7'; empty where a count is asked for."""
+    if isinstance(asked, str):
+        parts = [part.strip() for part in asked.split(",")] if "," in asked else []
+        return [int(part) for part in parts if part.isdigit()]
+    return list(asked) if OmegaConf.is_list(asked) else []
+
+
+def _check_processes(asked: Any) -> None:
+    """Raise UserError for more processes than CPUs; two are always let be, to try on any machine how ranks share."""
+    many, there = device_count(asked), max(2, os.cpu_count() or 1)
+    if many is not None and many > there:
+        raise UserError(
+            f"trainer.devices={asked}: each is a process, and there are {os.cpu_count()} CPUs here; "
+            f"type trainer.devices={there} or fewer"
+        )
+
+
+def _started() -> bool:
+    """Whether somebody starts a process on every node: SLURM, torchrun, or who typed the variables Lightning reads."""
+    env = os.environ.keys()
+    return launched_by_srun() or "TORCHELASTIC_RUN_ID" in env or {"MASTER_ADDR", "NODE_RANK"} <= env

@@ -1,0 +1,115 @@
+"""A rank that dies while folders are filled: the others stop and name it; the next run ends with the same bytes."""
+
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import pytorch_lightning as pl
+
+from dreambooth import compose
+from dreambooth.parallel.watch import watching
+from dreambooth.tasks import prepare
+from tests.processes import FORK_WARNING, start
+from tests.tiny import RESOLUTION
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch.py"
+DRAWN = ["model.data.num_reg_images=160", "model.data.num_images_per_prompt=1", "model.data.sampler.inference_steps=2"]
+ENCODED = ["model.with_prior_preservation=false", "model.data.center_crop=false", "model.data.cached_variants=60"]
+
+
+def settings(model: Path, photos: Path, folder: Path, *more: str) -> list[str]:
+    """``task=prepare`` into one folder."""
+    data = {
+        "instance_dir": photos,
+        "instance_prompt": "sks",
+        "regularization_prompt": "dog",
+        "regularization_dir": folder / "set",
+        "cached_instance_dir": folder / "set",
+        "cached_reg_dir": folder / "latents",
+        "resolution": RESOLUTION,
+    }
+    words = [f"model.data.{key}={value}" for key, value in data.items()]
+    usual = ["task=prepare", f"model.from_pretrained={model}", f"hydra.run.dir={folder / 'run'}"]
+    return [*usual, *words, "trainer.accelerator=cpu", *more]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What was made, by name."""
+    return {path.name: path.read_bytes() for path in folder.rglob("[!.]*") if path.suffix in (".png", ".pt", ".json")}
+
+
+def rank_of(process: psutil.Process) -> str:
+    return process.environ().get("LOCAL_RANK", "0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("work", "victim"), [(DRAWN, 1), (ENCODED, 0)], ids=["drawing", "encoding"])
+def test_a_rank_that_dies_ends_the_others(work: list[str], victim: int, tiny_sd: Path, photos: Path, tmp_path) -> None:
+    """SIGKILL to one of two, of which the first has started the second."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    prepare(compose(settings(tiny_sd, photos, whole, *work)))
+    expected = files(whole / "set")
+    command = [sys.executable, LAUNCH, *settings(tiny_sd, photos, parts, *work), "trainer.devices=2", "strategy=ddp"]
+    env = os.environ | {"PYTHONPATH": str(LAUNCH.parent), "PYTHONWARNINGS": "ignore"}
+    with (tmp_path / "err").open("w") as err:
+        first = subprocess.Popen(command, env=env, stdout=err, stderr=err)
+    deadline = time.monotonic() + 120
+    while len(files(parts / "set")) < 20:
+        assert first.poll() is None, (tmp_path / "err").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (second,) = (child for child in psutil.Process(first.pid).children() if rank_of(child) == "1")
+    both = [psutil.Process(first.pid), second]
+    both[victim].send_signal(signal.SIGKILL)
+    first.wait(60)
+    assert psutil.wait_procs([second], 60)[1] == []
+    assert first.returncode == (-signal.SIGKILL, 1)[victim]
+    assert len(files(parts / "set")) < len(expected)
+    log = parts / "run" / "ranks" / f"rank_{victim}.log"
+    said = [line for line in (tmp_path / "err").read_text().splitlines() if "dreambooth: " in line]
+    assert len(said) == 1, said
+    assert f"rank {victim} (" in said[0]
+    assert f"its log is {log}" in said[0]
+    assert ("was ended by SIGKILL" if victim else "is gone without a word") in log.read_text()
+
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, shlex.join(map(str, command)) + done.stderr
+    assert files(parts / "set") == expected
+    assert not (parts / "run").exists()
+
+
+def run_rank(folder: Path, rank: int, port: int) -> None:
+    """One of two ranks, in the environment that torchrun gives it: the second fails, the first is busy for long."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.stderr = (folder / f"err{rank}").open("w")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    two = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", default_root_dir=folder, **quiet)
+    two.strategy.setup_environment()
+    with watching(two):
+        two.strategy.barrier()
+    assert not (folder / "ranks" / f"rank_{rank}.log").exists()
+    with watching(two):
+        if rank == 1:
+            raise RuntimeError("no space left")
+        time.sleep(100)
+
+
+@pytest.mark.filterwarnings(FORK_WARNING)
+def test_what_a_rank_died_of_is_in_its_log_and_in_the_line_of_the_others(tmp_path: Path) -> None:
+    port = random.SystemRandom().randint(20000, 60000)
+    both = [start(run_rank, tmp_path, rank, port) for rank in range(2)]
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [1, 1]
+    log = tmp_path / "ranks" / "rank_1.log"
+    assert log.read_text().endswith("RuntimeError: no space left\n")
+    (line,) = (line for line in (tmp_path / "err0").read_text().splitlines() if "dreambooth: " in line)
+    assert f"ended with RuntimeError: no space left; its log is {log}" in line
