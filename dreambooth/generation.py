@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreambooth.adapters import Adapter, find_adapter
 from dreambooth.config import build
-from dreambooth.errors import UserError
+from dreambooth.errors import UserError, about
 from dreambooth.families.base import Family
 from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
@@ -88,7 +88,8 @@ class Model:
     def load(self, cfg: DictConfig) -> Family:
         """The networks, of the family of ``cfg``."""
         names = {"from_pretrained": self.source, "revision": self.revision, "variant": self.variant}
-        family: Family = build(cfg.model.family, **names)
+        with about("infer.model" if self.source == str(cfg.infer.model) else "model.from_pretrained"):
+            family: Family = build(cfg.model.family, **names)
         if self.adapter is not None:
             self.adapter.merge(family)
         return family

@@ -36,10 +36,7 @@ def locate(source: str, revision: str | None = None, variant: str | None = None)
     if folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(source):
-        raise UserError(
-            f"No model at '{source}': type a folder that exists, a hub id like owner/name, or pocket "
-            "(model.from_pretrained, model.restore_from_path or infer.model)"
-        )
+        raise UserError(f"No model at '{source}': type a folder that exists, a hub id like owner/name, or pocket")
     try:
         return Path(DiffusionPipeline.download(source, revision=revision, variant=variant, use_safetensors=True))
     except FAILURES as error:
