@@ -126,7 +126,8 @@ def find_model(cfg: DictConfig) -> Model:
             f"infer.model={source} is a run without pipeline/ or adapter/: let its training end, "
             "the same command goes on"
         )
-    if folder.is_dir() or folder.is_absolute():
+    inside = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()  # outputs/name/id is none of a hub's ids
+    if folder.is_dir() or folder.is_absolute() or inside:
         raise UserError(
             f"infer.model={source} is no run or pipeline folder: train first, or name another one or a hub id"
         )
