@@ -41,7 +41,6 @@ IRRELEVANT = (
     "run_dir=*",
     "infer.*",
     "infer=*",
-    "evaluate.images=*",
     "evaluate.out_path=*",
     "report.*",
     "task=shard",

@@ -22,6 +22,7 @@ MEASURED = [
     "evaluate.num_class_images=3",
     "evaluate.inference_steps=2",
 ]
+IMAGES = [f"evaluate.images={SUBJECTS / name}" for name in ("dog", "car")]
 
 
 def settings(model: Path, folder: Path) -> list[str]:
@@ -128,6 +129,21 @@ def test_a_folder_of_pictures_needs_no_model(tmp_path):
     shutil.copy(SUBJECTS / "dog" / "0.png", tmp_path / "one")
     lonely = evaluate(compose([*cfg, "evaluate.prompts=a dog", f"evaluate.images={tmp_path / 'one'}"]))
     assert lonely.metrics["after"]["div"] is None
+
+
+def test_the_scores_of_other_pictures_are_never_written_over(tmp_path, monkeypatch):
+    """Each folder of pictures has a run folder of its own, and where one is typed, a number."""
+    monkeypatch.chdir(tmp_path)
+    words = ["task=evaluate", "evaluate.prompts=a photo of a dog"]
+    runs = [
+        compose([*words[: number % 2 + 1], *more]).run_dir for number in (0, 1) for more in ([], IMAGES[:1], IMAGES[1:])
+    ]
+    assert len(set(runs)) == len(runs)
+    folders = [evaluate(compose([*words, images, "hydra.run.dir=run"])).folder.name for images in (*IMAGES, *IMAGES)]
+    assert folders == ["evaluation", "evaluation-2"] * 2
+    for name, images in zip(folders, IMAGES, strict=False):
+        shown = {row["file"] for row in read_scores(tmp_path / "run" / name / "scores.jsonl") if row["set"] == "after"}
+        assert {Path(file).parent.name for file in shown} == {Path(images).name}
 
 
 @pytest.mark.parametrize(
