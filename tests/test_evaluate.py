@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dreambooth import UserError, compose, train
+from dreambooth import UserError, compose, config, train
 from dreambooth.evaluation import evaluate
-from dreambooth.metrics.measure import read_scores
+from dreambooth.metrics.measure import pictures_of, read_scores
 from dreambooth.pocket import SUBJECTS
 from dreambooth.tasks import RunResult
 from tests.tiny import short_run
@@ -72,6 +72,19 @@ def test_a_run_is_measured_before_meanwhile_and_after(finished):
     subject = [row["dino"] for row in scores if (row["set"], row["role"]) == ("after", "subject")]
     assert sum(subject) / 4 == pytest.approx(summary["metrics"]["after"]["dino"])
     assert {row["nearest"] for row in scores if row["role"] == "subject"} <= {f"{i}.png" for i in range(5)}
+
+
+def test_no_picture_that_chooses_the_step_judges_it():
+    """Not even with one seed for both: the curves' pictures have other noise than those of the table."""
+    cfg = compose(["callbacks/evaluate=default", "seed=4321", *MEASURED])
+    assert cfg.callbacks.evaluate.seed == cfg.evaluate.seed
+    callback = config.build(cfg.callbacks.evaluate)(cfg)
+    curve, final = (
+        {picture["picture_seed"] for picture in pictures_of(asked, how, "", "", 64)}
+        for asked, how in zip(callback.asked, (callback.curve, callback.final), strict=True)
+    )
+    assert len(curve) > 1 < len(final)
+    assert not curve & final
 
 
 def test_what_is_exported_is_the_best_step(finished):
