@@ -21,6 +21,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from dreambooth import slurm
 from dreambooth.callbacks.checkpoint import FOLDER, Checkpoint, newest, same_batch
 from dreambooth.config import build
+from dreambooth.data import checks
 from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.errors import UserError, about
 from dreambooth.module import DreamBoothModule
@@ -56,12 +57,12 @@ def train(cfg: DictConfig) -> RunResult:
 
 def _train(cfg: DictConfig) -> RunResult:
     by_epochs = counts_epochs(cfg)
+    run = find_run(cfg, Path(cfg.run_dir))
+    if run.summary is not None:  # whatever became of its photos or its base since
+        return RunResult(run.folder, run.summary)
     tuning, data = prepare_data(cfg)
     module = make_module(cfg, tuning)
     callbacks = make_callbacks(cfg)
-    run = find_run(cfg, Path(cfg.run_dir))
-    if run.summary is not None:
-        return RunResult(run.folder, run.summary)
     if (kept := newest(run.folder / FOLDER, module.base)) is not None:
         callbacks.append(Resume(kept))
     trainer = make_trainer(cfg, run.folder, callbacks, max_steps=-1 if by_epochs else cfg.trainer.max_steps)
@@ -97,6 +98,7 @@ def prepare(cfg: DictConfig) -> Path:
 def prepare_data(cfg: DictConfig) -> tuple[Tuning, DreamBoothDataModule]:
     """What will learn of the untouched networks, and the checked data; nothing is drawn, encoded or written yet."""
     model = cfg.model
+    checks.photos(model.data)  # a moment, beside the loading of a model
     with about("model.from_pretrained"):
         family = build(model.family)
     tuning: Tuning = build(model.tuning)(family)

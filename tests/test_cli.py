@@ -1,9 +1,9 @@
 """The command as a person meets it: real processes for help, exit codes and the one line, in any directory."""
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,10 +27,16 @@ def in_process(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     return caught.value.code, capsys.readouterr().err
 
 
+def work() -> float:
+    """Seconds that the processes started here have computed: a busy machine makes them longer on the clock only."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_reads_like_a_page_without_loading_torch(tmp_path):
-    begun = time.time()
+    begun = work()
     result = launch("--help", cwd=tmp_path)
-    assert time.time() - begun < 3
+    assert work() - begun < 3
     assert result.returncode == 0
     assert not result.stderr
     names = {path.stem for path in config.CONF.glob("*/**/*.yaml") if "hydra" not in path.parts}

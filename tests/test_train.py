@@ -130,7 +130,11 @@ def test_what_a_finished_run_refuses_leaves_it_as_it_is(settings: list[str], tin
     with pytest.raises(UserError, match="was trained from another model"):
         train(compose([*run, "trainer.max_steps=2"]))
     assert contents(done.folder) == before
-    assert train(compose([*run, "trainer.max_steps=1"])) == done
+    for photo in (tmp_path / "photos").iterdir():
+        photo.write_bytes(b"")
+    assert train(compose([*run, "trainer.max_steps=1"])) == done  # whatever became of its photos
+    with pytest.raises(UserError, match=r"^model\.data\.instance_dir: 5 of 5 pictures cannot be read"):
+        train(compose([*run, "trainer.max_steps=2", "model.from_pretrained=nobody/nothing", "resume=false"]))
 
 
 def test_a_model_that_is_to_draw_and_is_not_there_leaves_no_run_folder(settings: list[str], tmp_path: Path) -> None:
