@@ -65,7 +65,7 @@ class Task:
 def tasks_of(how: Any) -> list[Task]:
     """The subjects of a ``benchmark`` node, in the order of their names.
 
-    Raises UserError for a folder without photos or prompts, for a subject that it does not have, and for one with too few photos.
+    Raises UserError for a folder without photos or prompts, a subject that it does not have, or has too few photos.
     """
     found = _pocket() if how.folder == "pocket" else _folder(Path(str(how.folder)).expanduser())
     if how.subjects is not None:
