@@ -1,7 +1,6 @@
 """The command line: ``dreambooth``, ``python launch.py``, ``srun`` and ``torchrun launch.py`` all come here."""
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,9 +11,9 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from dreambooth import config, hub
+from dreambooth import config, flags, hub
 from dreambooth.errors import UserError
 from dreambooth.nearest import nearest
 from dreambooth.run_folder import is_rank_zero
@@ -32,6 +31,20 @@ TASKS: dict[str, str] = {
     "shard": "dreambooth.sharding:shard",
     "pretrain": "dreambooth.pocket.pretrain:pretrain",
 }
+# Hydra's flags that the next word belongs to.
+VALUED = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+    "--info",
+)
 
 
 def main() -> None:
@@ -39,7 +52,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting 1
     config.register_resolvers()
     try:
-        _refuse_dashes(sys.argv[1:])
+        _refuse_others(sys.argv[1:])
         _run()
     except config.COMPOSITION_ERRORS as error:
         _fail(config.explain(error))
@@ -97,13 +110,14 @@ def _fail(line: object) -> NoReturn:
     sys.exit(2)
 
 
-def _refuse_dashes(arguments: list[str]) -> None:
+def _refuse_others(arguments: list[str]) -> None:
     """``--learning_rate=5e-6`` is what other trainers take; argparse would answer with a page about Hydra's flags."""
-    for argument in arguments:
-        if re.match(r"--?(?!config-|cfg|package|info|experimental-)[a-z]\w*[=./]", argument):
-            raise UserError(
-                f"{argument}: settings have no dashes, type {argument.lstrip('-')}; --help names the usual ones"
-            )
+    for place, argument in enumerate(arguments):
+        if flags.unknown(argument):
+            tree: Any = OmegaConf.to_container(config.defaults(), resolve=True)
+            raise flags.refusal(arguments, place, tree)
+        if argument in TASKS and not (place and arguments[place - 1] in VALUED):
+            raise UserError(f"cannot read '{argument}'; type task={argument}")
 
 
 def _task(name: str) -> Callable[[DictConfig], Any]:

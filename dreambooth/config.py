@@ -60,7 +60,10 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
     choices = hydra_node.runtime.choices
     known = [f"{group}={'null' if choices[group] is None else choices[group]}" for group in groups()]
     added = [override for override in overrides if override.startswith("+")]
-    cards = hydra.compose("config", overrides=[*(k for k in known if not k.startswith("experiment=")), *added])
+    known = [card for card in known if not card.startswith("experiment=")]
+    if keys := [key[1] for one in added if (key := re.match(r"\++([\w.]+)=", one)) and key[1] not in groups()]:
+        rules.check_added(keys, _plain(hydra.compose("config", overrides=known)))
+    cards = hydra.compose("config", overrides=[*known, *added])
     source = f"experiment={choices.get('experiment')}: " if choices.get("experiment") else ""
     rules.check(_plain(cfg), _plain(cards), source)
     slurm.check(cfg)

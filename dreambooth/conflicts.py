@@ -55,10 +55,8 @@ def _check_noise_levels(values: Mapping[str, Any]) -> None:
 
 
 def _check_prompts(values: Mapping[str, Any]) -> None:
-    keys = ["model.data.instance_prompt", *TEXT_OR_LIST]
-    if values["model.with_prior_preservation"]:
-        keys.append("model.data.regularization_prompt")
-    for key in keys:
+    # The class prompt before those that are made of it, and whether or not there is a prior: drift is measured by it.
+    for key in ("model.data.instance_prompt", "model.data.regularization_prompt", *TEXT_OR_LIST):
         prompts = values.get(key, "unset")
         listed = prompts if isinstance(prompts, list) else [prompts]
         if not listed or not all(str(prompt).strip() for prompt in listed):

@@ -136,9 +136,18 @@ def _evaluate_folder(cfg: DictConfig) -> Evaluation:
     ]
     images: list[Image.Image] = [open_picture(path) for path in paths]
     _check_cards(cfg, min(images[0].size), f"evaluate.images={how.images} shows")
-    folder = Path(how.out_path or Path(cfg.run_dir) / FOLDER).expanduser()
+    told = next(folder for folder in numbered(Path(cfg.run_dir) / FOLDER) if _free(folder, rows))
+    folder = told if how.out_path is None else Path(how.out_path).expanduser()
     scored = measure.score(suite, rows, images, subjects)
     return write(folder, suite, [*measure.score_photos(suite, subjects), *scored])
+
+
+def _free(folder: Path, rows: Sequence[Row]) -> bool:
+    """Whether a folder holds no scores, or those of the same pictures under the same prompts."""
+    if not (folder / SCORES).exists():
+        return True
+    before = [row for row in measure.read_scores(folder / SCORES) if row["set"] != "real"]
+    return [(row["file"], row["prompt"]) for row in before] == [(row["file"], row["prompt"]) for row in rows]
 
 
 def _into_summary(run: Path, metrics: dict[str, Any]) -> None:

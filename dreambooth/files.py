@@ -37,8 +37,8 @@ def list_pictures(folder: Path, key: str, known: Collection[str] | None = ()) ->
     faults = {path.name: fault for path in paths if (fault := fault_of(path))}
     if faults:
         names = ", ".join(f"{name} ({fault})" for name, fault in faults.items())
-        many = "picture cannot" if len(faults) == 1 else "pictures cannot"
-        raise UserError(f"{key}: {len(faults)} of {len(paths)} {many} be read in {folder}: {names}; repair or remove")
+        many = f"{len(faults)} of {len(paths)} pictures" if len(paths) > 1 else "the only picture"
+        raise UserError(f"{key}: {many} cannot be read in {folder}: {names}; repair or remove")
     if not paths:
         raise UserError(f"{key}: there is no picture in {folder}; put some .jpg or .png there or name another folder")
     return paths

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreambooth.adapters import Adapter, find_adapter
 from dreambooth.config import build
-from dreambooth.errors import UserError
+from dreambooth.errors import UserError, about
 from dreambooth.families.base import Family
 from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
@@ -97,7 +97,8 @@ class Model:
     def load(self, cfg: DictConfig) -> Family:
         """The networks, of the family of ``cfg``."""
         names = {"from_pretrained": self.source, "revision": self.revision, "variant": self.variant}
-        family: Family = build(cfg.model.family, **names)
+        with about("infer.model" if self.source == str(cfg.infer.model) else "model.from_pretrained"):
+            family: Family = build(cfg.model.family, **names)
         if self.adapter is not None:
             self.adapter.merge(family)
         return family
@@ -134,7 +135,8 @@ def find_model(cfg: DictConfig) -> Model:
             f"infer.model={source} is a run without pipeline/ or adapter/: let its training end, "
             "the same command goes on"
         )
-    if folder.is_dir() or folder.is_absolute():
+    inside = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()  # outputs/name/id is none of a hub's ids
+    if folder.is_dir() or folder.is_absolute() or inside:
         raise UserError(
             f"infer.model={source} is no run or pipeline folder: train first, or name another one or a hub id"
         )

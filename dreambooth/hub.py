@@ -1,6 +1,10 @@
-"""Models that are nowhere, or would have to be downloaded without a network: said at once. Needs no torch."""
+"""Models that are nowhere, and the hub where there is no network: one line of ours, no retries. Needs no torch."""
 
+import logging
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from dreambooth.errors import UserError
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 INDEX = "model_index.json"
 TASKS = ("train", "prepare", "benchmark")
+PATIENCE = 10  # seconds that the hub has for an answer
 
 
 def check(cfg: Any) -> None:
@@ -34,7 +39,53 @@ def check(cfg: Any) -> None:
 
 def absent(source: str) -> str:
     """The line about a model that is no folder and cannot be a hub id."""
-    return (
-        f"No model at '{source}': type a folder that exists, a hub id like owner/name, or pocket "
-        "(model.from_pretrained, model.restore_from_path or infer.model)"
-    )
+    return f"No model at '{source}': type a folder that exists, a hub id like owner/name, or pocket"
+
+
+def reachable() -> bool:
+    """Whether the hub answers one request. Its own functions ask six times, for half a minute a file."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # of the client's library, whichever that is
+        return False
+    return True
+
+
+@contextmanager
+def cache_only() -> Iterator[None]:
+    """Within, the libraries find in the hub's cache what they look for, or nowhere."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def not_cached(error: BaseException | None) -> bool:
+    """Whether it is for want of a file in the cache that something could not be loaded."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within, no library logs or warns: an error says it all."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -50,11 +50,16 @@ def _closest(name: str, options: list[str], cutoff: float) -> str | None:
     return best if best.startswith(name) or score(best)[0] >= cutoff else None
 
 
-def _keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a tree and what it holds, nodes before what is in them."""
     for name, value in tree.items():
-        yield prefix + str(name)
+        yield prefix + str(name), value
         if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{name}.")
+            yield from keys(value, f"{prefix}{name}.")
+
+
+def _keys(tree: Mapping[str, Any]) -> list[str]:
+    return [key for key, _ in keys(tree)]
 
 
 def explain(error: BaseException, tree: Mapping[str, Any], groups: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """What every value of the tree may be, checked before anything is loaded; each complaint is one UserError."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dreambooth import conflicts
@@ -83,6 +83,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         "at least 0",
         lambda value: value >= 0,
         """seed identifier.seed infer.seed evaluate.seed callbacks.evaluate.seed callbacks.evaluate.drift_weight
+        pretrain.seed pretrain.steps.judge pretrain.steps.autoencoder pretrain.steps.decoder pretrain.steps.imagetext
+        pretrain.steps.individuals pretrain.steps.eye pretrain.steps.denoiser pretrain.steps.individual
         callbacks.sample_grid.seed model.prior_loss_weight model.noise_offset
         model.sched.warmup_steps model.weighting.x0 model.optim.weight_decay model.data.num_reg_images
         model.data.num_workers model.data.sampler.unconditional_guidance_scale
@@ -94,7 +96,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         lambda value: value >= 1,
         """trainer.num_nodes trainer.accumulate_grad_batches trainer.log_every_n_steps model.micro_batch_size
         model.data.num_images_per_prompt model.data.resolution model.data.cached_variants model.data.train_data_repeats
-        model.data.shuffle shard.pictures_per_shard
+        model.data.shuffle shard.pictures_per_shard model.sched.num_cycles
+        pretrain.scenes pretrain.held_out pretrain.every_nth_prompt
         callbacks.nan_guard.patience callbacks.checkpoint.every_n_train_steps callbacks.sample_grid.every_n_train_steps
         callbacks.sample_grid.num_images_per_prompt callbacks.sample_grid.resolution infer.num_images_per_prompt
         evaluate.batch_size infer.batch_size
@@ -120,7 +123,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         "trainer.gradient_clip_val model.weighting.gamma model.loss.delta model.objective.std model.objective.shift "
         "model.learning_rate model.optim.lr model.optim.eps model.optim.d_coef "
         "model.tuning.text_encoder_lr model.tuning.alpha model.tuning.embedding_lr model.tuning.embedding_steps "
-        "infer.adapter_scale",
+        "infer.adapter_scale model.sched.power",
     ),
     (
         "from 0 to 1",
@@ -131,12 +134,25 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
     ("at least 0 and below 1", lambda value: 0 <= value < 1, "model.data.caption_dropout model.data.mask_floor"),
     (
         "made of words, {caption}, {prompt} and {name}",
-        lambda value: value.strip() and not re.search(r"[{}]", re.sub(r"\{(caption|prompt|name)\}", "", value)),
+        lambda value: (
+            str(value).strip() != "" and not re.search(r"[{}]", re.sub(r"\{(caption|prompt|name)\}", "", str(value)))
+        ),
         "model.data.caption_template",
     ),
     ("between 0 and 1", lambda value: 0 < value < 1, "model.ema.decay"),
-    ("two below 1", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "model.optim.betas"),
+    (
+        "two below 1",
+        lambda value: len(value) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value),
+        "model.optim.betas",
+    ),
+    (
+        "a number of devices, -1, auto, or a list of their numbers",
+        lambda value: value not in (0, "0", []),
+        "trainer.devices",
+    ),
 ]
+PATHS = re.compile(r"name|.*(_dir|_path|\.(from_pretrained|folder|model|adapter|photos|images))")  # "" would mean "."
+OPEN = ("callbacks", "logger", "metrics.encoders")  # nodes of one's own may be added there
 
 
 def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -> None:
@@ -153,12 +169,27 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
         for key in keys.split():
             if values.get(key) is not None and not allowed(values[key]):
                 raise UserError(f"{key}={values[key]}: must be {what}")
+    for key, value in values.items():
+        if value == "" and PATHS.fullmatch(key):
+            raise UserError(f"{key} is empty; type a name, or leave it out")
     conflicts.check(values)
     benchmarked = values["task"] == "benchmark"
     if values["task"] in ("train", "prepare") or benchmarked:
         for key, value in values.items():
             if value == MISSING and key.startswith("benchmark.") == benchmarked:
                 raise UserError(f"{key} is not set; type {key}=..., or take the shipped subject with model=pocket")
+
+
+def check_added(keys: Iterable[str], tree: Mapping[str, Any]) -> None:
+    """Raise UserError for a key added with ``+`` that ``tree`` lacks, unless a class or its like may take it."""
+    for key in keys:
+        node: Any = tree
+        for depth, part in enumerate(parts := key.split(".")):
+            if not isinstance(node, Mapping) or part not in node:
+                if not (isinstance(node, Mapping) and "_target_" in node) and ".".join(parts[:depth]) not in OPEN:
+                    raise UserError(f"+{key}: there is no such key{nearest_key(key, tree)}")
+                break
+            node = node[part]
 
 
 def _walk(value: Any, card: Any, key: str, values: dict[str, Any], source: str, cards: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -40,7 +41,6 @@ IRRELEVANT = (
     "run_dir=*",
     "infer.*",
     "infer=*",
-    "evaluate.images=*",
     "evaluate.out_path=*",
     "report.*",
     "task=shard",
@@ -71,7 +71,7 @@ SHARING = (
     "model.gradient_checkpointing",
 )
 FOLDER_VARIABLE = "DREAMBOOTH_RUN_FOLDER"  # tells the processes that Lightning starts what rank 0 decided
-CONFIG, OVERRIDES = "config.yaml", "overrides.yaml"
+CONFIG, OVERRIDES, SUMMARY = "config.yaml", "overrides.yaml", "summary.json"
 MISSING = "(absent)"
 RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -119,60 +119,70 @@ def is_rank_zero() -> bool:
 
 
 def open_run(cfg: DictConfig, folder: Path) -> Run:
-    """Take ``folder`` for the run of ``cfg``: begin it, go on with it, or find it finished.
+    """``find_run``, then ``begin``."""
+    run = find_run(cfg, folder)
+    if run.summary is None:
+        begin(cfg, run)
+    return run
 
-    Beginning writes config.yaml. The same settings go on, and so do a raised ``trainer.max_steps`` and other
-    ``SHARING``. With ``resume=false`` a folder that is taken is left alone and the next free one of ``folder-2,
-    folder-3, …`` begins.
+
+def find_run(cfg: DictConfig, folder: Path) -> Run:
+    """Take ``folder`` for the run of ``cfg``: new, to be gone on with, or finished. Writes nothing.
+
+    The same settings go on, and so do a raised ``trainer.max_steps`` and other ``SHARING``; any others take a folder in
+    which nothing was trained yet. With ``resume=false`` a folder that is taken is left alone and the next free one of
+    ``folder-2, folder-3, …`` begins.
     Raises UserError when the folder belongs to other settings (naming them) or cannot be written.
     """
     if FOLDER_VARIABLE in os.environ and not is_rank_zero():
         return Run(Path(os.environ[FOLDER_VARIABLE]))
     if not cfg.resume:
         folder = next(candidate for candidate in numbered(folder) if not _begun(candidate))
-    run = _claim(cfg, folder)
+    run = Run(folder, _finished(cfg, folder) if _begun(folder) else None)
     if is_rank_zero():
         os.environ[FOLDER_VARIABLE] = str(run.folder)
     return run
 
 
-def _claim(cfg: DictConfig, folder: Path) -> Run:
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    summary_path = folder / "summary.json"
-    if not _begun(folder):
-        _write_config(settings, folder)
-        log.info("run folder %s", folder)
-        return Run(folder)
-    changed = _changes(_read_config(folder), settings)
+def begin(cfg: DictConfig, run: Run) -> None:
+    """Write the settings of a run that begins, or goes on with a raised goal or other ``SHARING``."""
+    folder, settings = run.folder, OmegaConf.to_container(cfg, resolve=True)
+    begun = _begun(folder)
+    log.info("going on in run folder %s" if begun and _trained(folder) else "run folder %s", folder)
+    if not is_rank_zero() or (begun and not _changes(_read_config(folder), settings)):
+        return
+    if begun and not _trained(folder):
+        shutil.rmtree(folder / "samples", ignore_errors=True)  # of the base, drawn with settings that are no more
+        (folder / "curves.csv").unlink(missing_ok=True)
+    if begun:  # in this order a kill in between leaves the old goal without a summary: never a new goal called finished
+        (folder / SUMMARY).unlink(missing_ok=True)
+    _write_config(settings, folder)
+
+
+def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """The summary of the run of these settings, None while there is something to do; UserError: it is another's."""
+    changed = _changes(_read_config(folder), OmegaConf.to_container(cfg, resolve=True))
     raised = {key for key in GOALS if key in changed and _is_raise(*changed[key])}
     shared = {key for key in changed if any(fnmatchcase(key, pattern) for pattern in SHARING)}
     refused = {key: values for key, values in changed.items() if key not in raised | shared}
-    if refused:
+    if refused and _trained(folder):
         shown = "; ".join(f"{key} {old} → {new}" for key, (old, new) in list(refused.items())[:6])
         more = f" and {len(refused) - 6} more" if len(refused) > 6 else ""
         raise UserError(
             f"{folder} holds a run with other settings ({shown}{more}): type the old values to go on with it, "
             "hydra.run.dir=ANOTHER_FOLDER, or resume=false to begin afresh beside it"
         )
-    if raised:
-        if is_rank_zero():
-            # In this order a kill in between leaves the old goal without a summary: never a new goal called finished.
-            summary_path.unlink(missing_ok=True)
-            _write_config(settings, folder)
-    elif summary_path.exists():
-        summary = json.loads(summary_path.read_text())
+    if not raised and not refused and (folder / SUMMARY).exists():
+        summary = json.loads((folder / SUMMARY).read_text())
         log.info(
             "%s is finished (%s steps): to train on, type hydra.run.dir=%s and a higher trainer.max_steps; "
             "to begin afresh beside it, resume=false",
             *(folder, summary["steps"], folder),
         )
-        return Run(folder, summary)
-    elif shared and is_rank_zero():
-        _write_config(settings, folder)
+        return dict(summary)
     if is_rank_zero() and not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"the run folder {folder} cannot be written: make it writable, or set hydra.run.dir=DIR")
-    log.info("going on in run folder %s", folder)
-    return Run(folder)
+    return None
 
 
 def irrelevant(setting: str) -> bool:
@@ -190,6 +200,13 @@ def _begun(folder: Path) -> bool:
     """Whether a run left anything beside its settings: one that ended in an error before training holds no folder."""
     others = (path.name for path in folder.glob("[!.]*") if path.name not in (CONFIG, OVERRIDES))
     return (folder / CONFIG).exists() and any(others)
+
+
+def _trained(folder: Path) -> bool:
+    """Whether a step was made there. What only prepared, or met an error on its way to the first step, holds none."""
+    left = any(any(folder.glob(name)) for name in (SUMMARY, "checkpoints/*.ckpt", "pipeline", "adapter"))
+    rows = folder / "metrics.csv"
+    return left or (rows.exists() and len(rows.read_text().splitlines()) > 1)
 
 
 def _read_config(folder: Path) -> Any:

@@ -19,16 +19,17 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from dreambooth import slurm
-from dreambooth.callbacks.checkpoint import FOLDER, Checkpoint, newest
+from dreambooth.callbacks.checkpoint import FOLDER, Checkpoint, newest, same_batch
 from dreambooth.config import build
+from dreambooth.data import checks
 from dreambooth.data.datamodule import DreamBoothDataModule
-from dreambooth.errors import UserError
+from dreambooth.errors import UserError, about
 from dreambooth.module import DreamBoothModule
 from dreambooth.optimizers import checked
 from dreambooth.parallel.checkpoint import Resume
 from dreambooth.parallel.checks import check
 from dreambooth.report.overrides import record
-from dreambooth.run_folder import is_rank_zero, open_run
+from dreambooth.run_folder import begin, find_run, is_rank_zero
 from dreambooth.tuning.base import Tuning
 
 log = logging.getLogger(__name__)
@@ -56,19 +57,22 @@ def train(cfg: DictConfig) -> RunResult:
 
 def _train(cfg: DictConfig) -> RunResult:
     by_epochs = counts_epochs(cfg)
+    run = find_run(cfg, Path(cfg.run_dir))
+    if run.summary is not None:  # whatever became of its photos or its base since
+        return RunResult(run.folder, run.summary)
     for node in cfg.logger.values():
         build(node)  # a package that is missing is said before anything is loaded or written
     tuning, data = prepare_data(cfg)
     module = make_module(cfg, tuning)
     callbacks = make_callbacks(cfg)
-    run = open_run(cfg, Path(cfg.run_dir))
-    if run.summary is not None:
-        return RunResult(run.folder, run.summary)
-    if is_rank_zero():
-        record(cfg, run.folder)
     if (kept := newest(run.folder / FOLDER, module.base)) is not None:
         callbacks.append(Resume(kept))
     trainer = make_trainer(cfg, run.folder, callbacks, max_steps=-1 if by_epochs else cfg.trainer.max_steps)
+    if kept is not None:
+        same_batch(kept, cfg.model.micro_batch_size * trainer.world_size * trainer.accumulate_grad_batches)
+    begin(cfg, run)  # what the checkpoint refuses is refused by now: a finished run stays finished
+    if is_rank_zero():
+        record(cfg, run.folder)
     factors = cfg.model.micro_batch_size, trainer.world_size, trainer.accumulate_grad_batches
     log.info(
         "a step sees %d photos%s: model.micro_batch_size=%d x %d ranks x trainer.accumulate_grad_batches=%d; "
@@ -96,7 +100,9 @@ def prepare(cfg: DictConfig) -> Path:
 def prepare_data(cfg: DictConfig) -> tuple[Tuning, DreamBoothDataModule]:
     """What will learn of the untouched networks, and the checked data; nothing is drawn, encoded or written yet."""
     model = cfg.model
-    family = build(model.family)
+    checks.photos(model.data)  # a moment, beside the loading of a model
+    with about("model.from_pretrained"):
+        family = build(model.family)
     tuning: Tuning = build(model.tuning)(family)
     shared = "micro_batch_size restore_from_path use_cached_latents with_prior_preservation prior".split()
     given = {key: model[key] for key in shared} | {"train_text_encoder": tuning.learns_text, "seed": cfg.seed}

@@ -102,7 +102,7 @@ def test_a_few_photos_are_learned_and_likeness_is_to_all(layout, tmp_path):
     assert (learned / "0.png").read_bytes() == (layout / "dog" / "0.png").read_bytes()
     assert changes["evaluate"]["photos"] == str(layout / "dog")
     with pytest.raises(UserError, match=r"benchmark\.num_photos=9, but .* has 5"):
-        dog.choose_photos(9, tmp_path)
+        tasks_of(compose(["benchmark=paper", f"benchmark.folder={layout}", "benchmark.num_photos=9"]).benchmark)
 
 
 @pytest.mark.skipif(not GOOGLE.is_dir(), reason="google/dreambooth is not here")

@@ -88,7 +88,7 @@ def test_a_folder_may_be_gone_on_with_by_other_ranks(tmp_path: Path) -> None:
     folder = f"hydra.run.dir={tmp_path}"
     cfg = compose([folder])
     open_run(cfg, tmp_path)
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n")
     other = compose([folder, "strategy=fsdp", "trainer.devices=2", "model.micro_batch_size=2"])
     assert open_run(other, tmp_path).summary is None
     assert "FsdpStrategy" in (tmp_path / "config.yaml").read_text()

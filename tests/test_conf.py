@@ -125,6 +125,18 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("callbacks.nan_guard.patience=0", ["at least 1"]),
         ("model.sched.name=cosin", ["did you mean 'cosine'"]),
         ("run_dir=x", ["hydra.run.dir"]),
+        ("model.optim.betas=[a,1]", ["model.optim.betas", "two below 1"]),
+        ("model.data.instance_dir=", ["model.data.instance_dir is empty"]),
+        ("name=", ["name is empty"]),
+        ("model.data.regularization_prompt=", ["model.data.regularization_prompt is empty"]),
+        ("model.sched.num_cycles=0", ["at least 1"]),
+        ("model.sched.power=0", ["above 0"]),
+        ("pretrain.steps.eye=-1", ["pretrain.steps.eye=-1", "at least 0"]),
+        ("trainer.devices=0", ["trainer.devices=0: must be a number of devices"]),
+        ("+model.foo=1", ["+model.foo: there is no such key"]),
+        ("+infer.stepps=1", ["+infer.stepps: there is no such key", "there are"]),
+        ("+max_steps=1", ["+max_steps", "did you mean 'trainer.max_steps'"]),
+        ("++model.sched.warmup=1", ["did you mean 'model.sched.warmup_steps'"]),
         ("model=sd15", ["model.data.instance_dir is not set"]),
     ],
 )
@@ -140,7 +152,10 @@ def test_right_input_of_several_kinds_is_taken():
     given = """+trainer.deterministic=true trainer.devices=auto trainer.gradient_clip_val=null callbacks.export=null
     infer.prompts=dog model.ema.decay=0.99 model.optim.lr=1 model.data.instance_prompt='a,b' name=7"""
     given += " evaluate.unconditional_guidance_scale=3.5 model.data.sampler.unconditional_guidance_scale=2.5"
+    given += " model.data.caption_template=5 ++seed=3 +model.optim.amsgrad=true"
+    given += " +callbacks.mine={_target_:builtins.dict,_partial_:true} model.data.instance_dir=photos"
     cfg = config.compose(given.split())
+    assert (cfg.seed, cfg.model.optim.amsgrad) == (3, True)
     assert (cfg.trainer.deterministic, cfg.callbacks.export, cfg.infer.prompts) == (True, None, "dog")
 
 

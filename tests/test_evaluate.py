@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth import UserError, compose, train
+from dreambooth import UserError, compose, config, train
 from dreambooth.evaluation import evaluate
 from dreambooth.generation import generate
-from dreambooth.metrics.measure import read_scores, table
+from dreambooth.metrics.measure import pictures_of, read_scores, table
 from dreambooth.picture_files import TEXT_CHUNK
 from dreambooth.pocket import SUBJECTS
 from dreambooth.tasks import RunResult
@@ -26,6 +26,7 @@ MEASURED = [
     "evaluate.num_class_images=3",
     "evaluate.inference_steps=2",
 ]
+IMAGES = [f"evaluate.images={SUBJECTS / name}" for name in ("dog", "car")]
 
 
 def settings(model: Path, folder: Path) -> list[str]:
@@ -75,6 +76,19 @@ def test_a_run_is_measured_before_meanwhile_and_after(finished):
     subject = [row["dino"] for row in scores if (row["set"], row["role"]) == ("after", "subject")]
     assert sum(subject) / 4 == pytest.approx(summary["metrics"]["after"]["dino"])
     assert {row["nearest"] for row in scores if row["role"] == "subject"} <= {f"{i}.png" for i in range(5)}
+
+
+def test_no_picture_that_chooses_the_step_judges_it():
+    """Not even with one seed for both: the curves' pictures have other noise than those of the table."""
+    cfg = compose(["callbacks/evaluate=default", "seed=4321", *MEASURED])
+    assert cfg.callbacks.evaluate.seed == cfg.evaluate.seed
+    callback = config.build(cfg.callbacks.evaluate)(cfg)
+    curve, final = (
+        {picture["picture_seed"] for picture in pictures_of(asked, how, "", "", 64)}
+        for asked, how in zip(callback.asked, (callback.curve, callback.final), strict=True)
+    )
+    assert len(curve) > 1 < len(final)
+    assert not curve & final
 
 
 def test_what_is_exported_is_the_best_step(finished):
@@ -154,6 +168,21 @@ def test_a_folder_of_pictures_needs_no_model(tmp_path):
     assert "pocket ViT" in notes[0]
     assert "without the rare word" in notes[0]
     assert notes[1] == "div is undefined: there is no second picture of any prompt"
+
+
+def test_the_scores_of_other_pictures_are_never_written_over(tmp_path, monkeypatch):
+    """Each folder of pictures has a run folder of its own, and where one is typed, a number."""
+    monkeypatch.chdir(tmp_path)
+    words = ["task=evaluate", "evaluate.prompts=a photo of a dog"]
+    runs = [
+        compose([*words[: number % 2 + 1], *more]).run_dir for number in (0, 1) for more in ([], IMAGES[:1], IMAGES[1:])
+    ]
+    assert len(set(runs)) == len(runs)
+    folders = [evaluate(compose([*words, images, "hydra.run.dir=run"])).folder.name for images in (*IMAGES, *IMAGES)]
+    assert folders == ["evaluation", "evaluation-2"] * 2
+    for name, images in zip(folders, IMAGES, strict=False):
+        shown = {row["file"] for row in read_scores(tmp_path / "run" / name / "scores.jsonl") if row["set"] == "after"}
+        assert {Path(file).parent.name for file in shown} == {Path(images).name}
 
 
 @pytest.mark.parametrize(

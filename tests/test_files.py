@@ -50,7 +50,7 @@ def test_all_unreadable_pictures_in_one_line(photos: Path) -> None:
 def test_a_repaired_picture_is_read_again(photos: Path) -> None:
     whole = (photos / "0.png").read_bytes()
     (photos / "0.png").write_bytes(whole[:60])
-    with pytest.raises(UserError, match=r"1 of 5 picture cannot.*0\.png"):
+    with pytest.raises(UserError, match=r"1 of 5 pictures cannot.*0\.png"):
         list_pictures(photos, KEY)
     (photos / "0.png").write_bytes(whole)
     assert len(list_pictures(photos, KEY)) == 5

@@ -1,5 +1,6 @@
 """Scores by hand, the encoders' formulas, and the trade-off that chooses and stops."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 from torchmetrics.functional.image.lpips import _LPIPS
@@ -14,6 +16,7 @@ from torchvision.models import alexnet
 
 from dreambooth import UserError, compose
 from dreambooth.config import build
+from dreambooth.families.folder import locate
 from dreambooth.metrics.encoders import Lpips, OpenClip, TimmViT, lpips
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.measure import metrics_of, table
@@ -273,3 +276,23 @@ def test_prompts_file_is_named_in_the_error(tmp_path: Path):
 
     with pytest.raises(UserError, match=r"evaluate\.prompts"):
         wanted({"prompts": [], "num_images_per_prompt": 1, "class_prompts": "a dog", "num_class_images": 1}, [])
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_what_the_hub_does_not_give_is_one_line_at_once(offline, tmp_path, monkeypatch, capfd):
+    """Told to be offline, or left to find that nobody answers: no retries, no lines of the libraries."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    began = time.process_time(), time.perf_counter()
+    for load, key in (
+        (OpenClip, "metrics.encoders.clip.pretrained"),
+        (TimmViT, "metrics.encoders.dino.checkpoint_path"),
+        (lambda: locate("nobody/nothing"), "hf download nobody/nothing"),
+    ):
+        with pytest.raises(UserError, match=f"hub.*{key}") as caught:
+            load()
+        assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    assert time.perf_counter() - began[1] < 10 + 5 * (time.process_time() - began[0])  # 58 seconds of sleep before
+    assert constants.HF_HUB_OFFLINE is offline

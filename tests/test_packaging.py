@@ -111,3 +111,16 @@ def test_the_installed_command_trains_from_another_folder(installed, tmp_path, t
     folder = Path(result.stdout.splitlines()[-1])
     assert folder.is_relative_to(tmp_path / "outputs")
     assert {"config.yaml", "metrics.csv", "summary.json", "pipeline", "samples"} <= {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_installed_script_trains_the_shipped_model_from_another_folder(installed, tmp_path):
+    (script,) = installed.parent.glob("lib/python*/site-packages/bin/dreambooth")
+    few = "trainer.max_steps=2 model.data.num_reg_images=4 model.data.sampler.inference_steps=2 trainer.accelerator=cpu"
+    less = "callbacks.evaluate=null callbacks.sample_grid=null callbacks.report=null logger=none".split()
+    result = run(installed / "python", script, *few.split(), *less, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.splitlines()[-1])
+    assert folder.is_relative_to(tmp_path / "outputs")
+    assert str(installed.parent) in (folder / "config.yaml").read_text()  # the photos are those of the wheel
+    assert {"metrics.csv", "summary.json", "pipeline"} <= {path.name for path in folder.iterdir()}

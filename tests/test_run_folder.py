@@ -37,6 +37,9 @@ def settings(**changes: object) -> DictConfig:
     return cfg
 
 
+ROW = "step,loss\n1,0.5\n"
+
+
 def finish(folder: Path, steps: int) -> None:
     (folder / "summary.json").write_text(json.dumps({"steps": steps}))
 
@@ -68,7 +71,7 @@ def test_same_settings_go_on_finish_and_can_be_raised(tmp_path: Path) -> None:
     assert open_run(settings(model__data__num_workers=3, task="prepare", infer__seed=9), folder) == Run(folder)
     finish(folder, 4)
     assert open_run(settings(), folder) == Run(folder, {"steps": 4})
-    (folder / "metrics.csv").touch()
+    (folder / "metrics.csv").write_text(ROW)
     assert open_run(settings(trainer__max_steps=6), folder) == Run(folder)
     assert not (folder / "summary.json").exists()
     assert OmegaConf.load(folder / "config.yaml").trainer.max_steps == 6
@@ -80,7 +83,7 @@ def test_same_settings_go_on_finish_and_can_be_raised(tmp_path: Path) -> None:
 def test_other_settings_are_refused_by_name_and_leave_the_folder_alone(tmp_path: Path) -> None:
     open_run(settings(model__optim__lr=7), tmp_path)
     open_run(settings(), tmp_path)  # nothing but a config: that run never began
-    (tmp_path / "metrics.csv").touch()
+    (tmp_path / "metrics.csv").write_text(ROW)
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(
         UserError, match=r"model\.optim\.lr 1e-05 → 0\.1; extra \(absent\) → 3\).*hydra\.run\.dir="
@@ -91,6 +94,26 @@ def test_other_settings_are_refused_by_name_and_leave_the_folder_alone(tmp_path:
     (tmp_path / "config.yaml").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         open_run(settings(), tmp_path)
+
+
+def test_a_folder_in_which_nothing_was_trained_is_begun_anew(tmp_path: Path) -> None:
+    """What an error before the first step left there holds no folder; a picture of the base is of its settings."""
+    open_run(settings(model__optim__lr=7), tmp_path)
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "hparams.yaml").touch()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_000000.png").touch()
+    (tmp_path / "metrics.csv").write_text("step,loss\n")
+    open_run(settings(model__optim__lr=7), tmp_path)  # the same command: what is drawn is kept
+    assert (tmp_path / "samples" / "step_000000.png").exists()
+    assert open_run(settings(), tmp_path) == Run(tmp_path)
+    assert OmegaConf.load(tmp_path / "config.yaml").model.optim.lr == 1e-5
+    assert not (tmp_path / "samples").exists()
+    assert open_run(settings(resume=False), tmp_path).folder == tmp_path.with_name(f"{tmp_path.name}-2")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_000001.ckpt").touch()
+    with pytest.raises(UserError, match="other settings"):
+        open_run(settings(model__optim__lr=7), tmp_path)
 
 
 def test_afresh_takes_the_next_free_folder(tmp_path: Path) -> None:

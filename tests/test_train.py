@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dreambooth import UserError, compose, train
 from dreambooth.callbacks.checkpoint import checkpoints
@@ -104,6 +105,44 @@ def test_a_model_of_another_kind_is_refused_before_anything_is_written(
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"'flow_prediction'.*epsilon, v_prediction, sample"):
         train(compose([*settings, f"model.from_pretrained={flow}", f"hydra.run.dir={tmp_path / 'run'}"]))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Every file with its time and bytes."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_a_finished_run_refuses_leaves_it_as_it_is(settings: list[str], tiny_sd: Path, tmp_path: Path) -> None:
+    """Another base under the same name, or another global batch, with a raised goal; then the old command."""
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    run = [*settings, f"model.from_pretrained={base}", f"hydra.run.dir={tmp_path / 'run'}"]
+    run += ["model.with_prior_preservation=false", "logger=none"]
+    done = train(compose([*run, "trainer.max_steps=1"]))
+    before = contents(done.folder)
+    with pytest.raises(UserError, match="these would see 2"):
+        train(compose([*run, "trainer.max_steps=2", "model.micro_batch_size=2"]))
+    assert contents(done.folder) == before
+    weights = base / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    first = next(iter(tensors))
+    save_file(tensors | {first: tensors[first] + 1}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="was trained from another model"):
+        train(compose([*run, "trainer.max_steps=2"]))
+    assert contents(done.folder) == before
+    for photo in (tmp_path / "photos").iterdir():
+        photo.write_bytes(b"")
+    assert train(compose([*run, "trainer.max_steps=1"])) == done  # whatever became of its photos
+    with pytest.raises(UserError, match=r"^model\.data\.instance_dir: 5 of 5 pictures cannot be read"):
+        train(compose([*run, "trainer.max_steps=2", "model.from_pretrained=nobody/nothing", "resume=false"]))
+
+
+def test_a_model_that_is_to_draw_and_is_not_there_leaves_no_run_folder(settings: list[str], tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    run = [*settings, f"hydra.run.dir={tmp_path / 'run'}"]
+    for place, words in ((tmp_path / "nope", "No model at"), (tmp_path / "photos", "model_index.json cannot be read")):
+        with pytest.raises(UserError, match=rf"^model\.restore_from_path={place}: .*{words}"):
+            train(compose([*run, f"model.restore_from_path={place}"]))
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -347,7 +347,7 @@ def test_folders_become_shards_whose_bytes_depend_on_nothing_else(photos: Path, 
     with pytest.raises(UserError, match="exists; type another shard"):
         make("one")
     (more / "1.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"shard.folders: 1 of 5 picture cannot be read"):
+    with pytest.raises(UserError, match=r"shard.folders: 1 of 5 pictures cannot be read"):
         make("five")
     assert not (tmp_path / "five").exists()
     with pytest.raises(UserError, match=r"shard.out_path is not set"):

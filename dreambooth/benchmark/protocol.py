@@ -57,10 +57,7 @@ class Task:
         """Copy the first ``count`` photos in the order of their names beside the run (None: all, where they are)."""
         if count is None:
             return
-        found = list_pictures(self.photos, "benchmark.folder")
-        if count > len(found):
-            raise UserError(f"benchmark.num_photos={count}, but {self.photos} has {len(found)}; type a smaller number")
-        for path in found[:count]:
+        for path in list_pictures(self.photos, "benchmark.folder")[:count]:
             with atomic(folder / PHOTOS / path.name) as temporary:
                 shutil.copyfile(path, temporary)
 
@@ -68,7 +65,7 @@ class Task:
 def tasks_of(how: Any) -> list[Task]:
     """The subjects of a ``benchmark`` node, in the order of their names.
 
-    Raises UserError for a folder without photos or prompts, and for a subject that it does not have.
+    Raises UserError for a folder without photos or prompts, a subject that it does not have, or has too few photos.
     """
     found = _pocket() if how.folder == "pocket" else _folder(Path(str(how.folder)).expanduser())
     if how.subjects is not None:
@@ -79,6 +76,11 @@ def tasks_of(how: Any) -> list[Task]:
     cut = [Task(task.name, task.photos, task.noun, task.prompts[: how.num_prompts]) for task in found.values()]
     if not cut:
         raise UserError(f"benchmark.folder={how.folder}: no subject of {FILE} has a folder of photos there")
+    for task in cut if how.num_photos is not None else ():  # all of them before the first is trained
+        if how.num_photos > (there := len(list_pictures(task.photos, "benchmark.folder"))):
+            raise UserError(
+                f"benchmark.num_photos={how.num_photos}, but {task.photos} has {there}; type a smaller number"
+            )
     return cut
 
 

@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from dreambooth.callbacks.loggers import tell
 from dreambooth.callbacks.sample_grid import on_device
 from dreambooth.config import build
+from dreambooth.data.progress import progress_bar
 from dreambooth.evaluation import FOLDER, write
 from dreambooth.files import atomic
 from dreambooth.metrics import measure
 from dreambooth.metrics.tradeoff import COLUMNS, Tradeoff
+from dreambooth.noise import seed_of
 from dreambooth.picture_files import batches_of, draw_batch, draw_through, foreign_picture
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,9 @@ class Evaluate(pl.Callback):
         target: float | None = None,
     ) -> None:
         self.final: dict[str, Any] = dict(OmegaConf.to_container(cfg.evaluate, resolve=True))  # type: ignore[arg-type]
-        counts = {"num_images_per_prompt": num_images_per_prompt, "num_class_images": num_class_images, "seed": seed}
+        # Of a purpose of its own: with seed=evaluate.seed the pictures that choose a step would be those that judge it.
+        counts = {"num_images_per_prompt": num_images_per_prompt, "num_class_images": num_class_images}
+        counts["seed"] = seed_of(seed, "curve")
         self.curve = {**self.final, **counts}
         self.every, self.resolution = every_n_train_steps, cfg.model.data.resolution
         self.subjects, self.suite = measure.Subject.all_of(cfg), build(cfg.metrics)
@@ -123,8 +127,11 @@ class Evaluate(pl.Callback):
 
     def _draw(self, pl_module: Any, pictures: list[dict[str, Any]]) -> list[Image.Image]:
         pipeline, drawn = pl_module.family.to_pipeline(), []
-        for batch in batches_of(pictures):
-            drawn += draw_batch(pipeline, [pictures[i] for i in batch])
+        with progress_bar(len(pictures), "drawing pictures to measure", "picture") as bar:
+            bar.leave = False
+            for batch in batches_of(pictures):
+                drawn += draw_batch(pipeline, [pictures[i] for i in batch])
+                bar.update(len(batch))
         return drawn
 
     def _draw_set(self, trainer: pl.Trainer, pl_module: Any, name: str) -> None:

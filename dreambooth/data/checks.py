@@ -2,8 +2,19 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from dreambooth.errors import UserError
+from dreambooth.files import list_pictures
+
+
+def photos(data: Any) -> None:
+    """Raise UserError unless the folders of photos that ``model.data`` names can be read to the end of each picture."""
+    subjects, place = data.get("subjects"), "model.data"
+    for number, entry in enumerate(subjects or [data]):
+        if (folder := entry.get("instance_dir")) and not data.get("instance_shards"):
+            key = f"{place}.subjects[{number}].instance_dir" if subjects else f"{place}.instance_dir"
+            list_pictures(Path(folder).expanduser(), key, known=None)
 
 
 def resolution(value: int, factor: int) -> None:

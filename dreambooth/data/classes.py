@@ -10,7 +10,10 @@ from diffusers import DiffusionPipeline
 
 from dreambooth.data import regularization
 from dreambooth.data.sources import Source
+from dreambooth.errors import about
 from dreambooth.families.base import Family
+from dreambooth.families.folder import locate, read_json
+from dreambooth.hub import INDEX
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,11 @@ class Drawing:
     num_images_per_prompt: int
 
     def inspect(self, source: Source) -> None:
-        """Raise UserError when the pictures of a class cannot be read or were drawn otherwise."""
-        regularization.inspect(source.folder, self.settings(source))
+        """Raise UserError when pictures of a class cannot be read, were drawn otherwise, or lack the model to draw."""
+        own, drawn, _ = regularization.inspect(source.folder, self.settings(source))
+        if not self.draws_itself and regularization.plan(own, drawn, self.num_reg_images):
+            with about(f"model.restore_from_path={self.restore_from_path}"):
+                read_json(locate(str(self.restore_from_path)) / INDEX)
 
     def fill(self, sources: Sequence[Source], device: torch.device, shared: dict[str, Any]) -> int:
         """Draw the missing pictures of all classes, with one pipeline; how many all ranks drew."""
@@ -55,6 +61,7 @@ class Drawing:
 
     def pipeline(self, device: torch.device) -> DiffusionPipeline:
         """The family, or the model that ``restore_from_path`` names, on the device."""
-        family = self.family if self.draws_itself else type(self.family)(self.restore_from_path)  # type: ignore
+        with about(f"model.restore_from_path={self.restore_from_path}"):
+            family = self.family if self.draws_itself else type(self.family)(self.restore_from_path)  # type: ignore
         family.move(device)
         return family.to_pipeline()

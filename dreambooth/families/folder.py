@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import CLIPTextModel
 from dreambooth.errors import UserError
 from dreambooth.families.base import own_weights
 from dreambooth.files import atomic
-from dreambooth.hub import HUB_ID, INDEX, absent
+from dreambooth.hub import HUB_ID, INDEX, absent, cache_only, reachable, silent
 
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
@@ -37,13 +37,20 @@ def locate(source: str, revision: str | None = None, variant: str | None = None)
         return folder
     if not HUB_ID.fullmatch(source):
         raise UserError(absent(source))
+    network = reachable()
     try:
-        return Path(DiffusionPipeline.download(source, revision=revision, variant=variant, use_safetensors=True))
+        with silent(), nullcontext() if network else cache_only():
+            return Path(DiffusionPipeline.download(source, revision=revision, variant=variant, use_safetensors=True))
     except FAILURES as error:
         at = f" at revision {revision}" if revision else ""
+        if not network:
+            raise UserError(
+                f"'{source}' is no folder here, and the hub's cache does not have it{at}: type a folder that exists, "
+                f"or where there is a network: hf download {source}{at.replace(' at revision', ' --revision')}"
+            ) from error
         raise UserError(
             f"'{source}' is no folder here, and the hub did not give it{at} ({root_cause(error)}): "
-            "type a folder that exists, or check the id, the revision and the network"
+            "type a folder that exists, or check the id and the revision"
         ) from error
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision import transforms
 
+from dreambooth import hub
 from dreambooth.errors import UserError
 
 BATCH = 16
@@ -49,6 +50,7 @@ class OpenClip:
             lambda: open_clip.create_model_and_transforms(model, pretrained=pretrained, weights_only=True),
             f"{key}={pretrained}",
             key,
+            published=not Path(pretrained).exists(),
         )
         self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
@@ -76,7 +78,12 @@ class TimmViT:
         self.name = f"timm {model}" + (f" {Path(checkpoint_path).name}" if checkpoint_path else "")
         key = "metrics.encoders.dino.checkpoint_path"
         what = f"{key}={checkpoint_path} ({model})"
-        self.model = _found(lambda: timm.create_model(model, num_classes=0, pretrained=not checkpoint_path), what, key)
+        self.model = _found(
+            lambda: timm.create_model(model, num_classes=0, pretrained=not checkpoint_path),
+            what if checkpoint_path else f"metrics.encoders.dino.model={model}",
+            key,
+            published=not checkpoint_path,
+        )
         if checkpoint_path:  # not through timm, which would unpickle the file
             _found(lambda: self.model.load_state_dict(read_weights(checkpoint_path)), what, key)
         self.model.eval().requires_grad_(False)
@@ -140,10 +147,26 @@ def _fill(backbone: nn.Module, state: dict[str, Tensor]) -> None:
     backbone.load_state_dict(found)
 
 
-def _found(load: Callable[[], Any], what: str, key: str) -> Any:
-    """The loaded thing, or one line that says what is missing and which key to set."""
+def _found(load: Callable[[], Any], what: str, key: str, published: bool = False) -> Any:
+    """The loaded thing, or one line that says what is missing and which key to set.
+
+    What is ``published`` is looked for in the hub's cache first, and then, if it answers at all, at the hub.
+    """
     try:
-        return load()
+        with hub.silent():
+            if not published:
+                return load()
+            try:
+                with hub.cache_only():
+                    return load()
+            except Exception as error:
+                if not hub.not_cached(error):
+                    raise
+            if not hub.reachable():
+                raise UserError(
+                    f"{what} is not in the hub's cache, and the hub does not answer: set {key} to a local file"
+                )
+            return load()
     except UserError:
         raise
     except Exception as error:  # each library raises what it likes for a missing name, file or network

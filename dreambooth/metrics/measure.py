@@ -79,7 +79,7 @@ class Asked:
     """``count`` pictures of a prompt, which count for a role of a subject: "subject" or "class"."""
 
     prompt: str
-    count: int
+    count: int  # type: ignore[assignment]
     role: str
     subject: Subject
 
