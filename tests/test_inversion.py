@@ -222,6 +222,7 @@ def test_a_run_and_its_pictures(name: str, tiny_sd: Path, photos: Path, tmp_path
     assert (cfg.model.with_prior_preservation, (folder / "pipeline").exists()) == (False, False)
 
     ask = ["infer.prompts=a photo of sks dog", "infer.num_images_per_prompt=1", "infer.inference_steps=2"]
+    ask += ["infer.unconditional_guidance_scale=4"]
 
     def drawn(out: str, *more: str) -> np.ndarray:
         path = generate(compose([*ask, f"infer.out_path={tmp_path / out}", "trainer.accelerator=cpu", *more]))[0]

@@ -229,7 +229,7 @@ def test_the_metrics_node_builds_a_suite_and_its_table_reads(photographs):
     assert metrics["after"]["copy"] == pytest.approx(1, abs=1e-5)
     assert metrics["real"]["dino"] > 0.8  # one individual
     text = table(metrics)
-    assert len(text.splitlines()) == 7
+    assert len(text.splitlines()) == 8  # the scores under their head, and what measured them
     assert "None" not in text
     assert "nan" not in text
 
