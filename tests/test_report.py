@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from dreambooth import UserError, cli, compose, train
 from dreambooth.callbacks.report import Report
 from dreambooth.report import charts
+from dreambooth.report.comparison import differing
 from dreambooth.report.overrides import differences, record
 from dreambooth.report.page import report_html, write_report
 from dreambooth.report.pictures import Album
@@ -224,6 +226,21 @@ def test_several_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     page = Page(path.read_text())
     assert "../outputs/a/report.html" in page.all("a", "href")
     assert "instance_dir" in page.text  # an old run does not know what somebody changed
+
+
+def test_runs_of_other_cards_differ_in_the_card(tmp_path: Path) -> None:
+    """Not in every key that one of the cards has and the other lacks."""
+    runs = [make_run(tmp_path / name) for name in "abc"]
+    cards = ({"_target_": "a.Full"}, {"_target_": "a.Lora", "rank": 16}, {"_target_": "a.Lora", "rank": 32})
+    for run, card in zip(runs, cards, strict=True):
+        config = OmegaConf.load(run / "config.yaml")
+        config.model.tuning = card
+        OmegaConf.save(config, run / "config.yaml")
+        (run / "overrides.yaml").unlink(missing_ok=True)
+    tuning = [
+        [key for key in differing([read_run(run) for run in pair]) if "tuning" in key] for pair in (runs[:2], runs[1:])
+    ]
+    assert tuning == [["model.tuning._target_"], ["model.tuning.rank"]]
 
 
 def test_one_run_goes_where_it_is_asked_to(run: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """comparison.html: several runs side by side, what differs between them and what came of it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,19 @@ def differing(runs: Sequence[RunData]) -> list[str]:
     keys = [
         key
         for key in keys
-        if not key.endswith("._partial_") and len({repr(tree.get(key, MISSING)) for tree in trees}) > 1
+        if not key.endswith("._partial_")
+        and len({repr(tree.get(key, MISSING)) for tree in trees}) > 1
+        and not _of_another_card(key, trees)
     ]
     if all(run.changed is not None for run in runs):
         return [key for key in keys if any(_changed(run, key) for run in runs)]
     return [key for key in keys if not irrelevant(f"{key}=")]
+
+
+def _of_another_card(key: str, trees: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether some runs lack a key because their card makes something else, which is said by itself."""
+    target = f"{key.rpartition('.')[0]}._target_"
+    return any(key not in tree for tree in trees) and len({tree.get(target) for tree in trees}) > 1
 
 
 def common_prompts(runs: Sequence[RunData], roles: Sequence[str] = ("subject", "class")) -> list[str]:
