@@ -113,8 +113,9 @@ def find_model(cfg: DictConfig) -> Model:
     folder = Path(source).expanduser()
 
     def adapter_in(path: str | Path) -> Adapter:
-        parts: dict[str, Any] = {"denoiser": infer.adapter_denoiser, "text_encoder": infer.adapter_text_encoder}
-        return Adapter(**{**find_adapter(str(path)), **parts}, scale=infer.adapter_scale)
+        how: dict[str, Any] = {"denoiser": infer.adapter_denoiser, "text_encoder": infer.adapter_text_encoder}
+        how |= find_adapter(str(path))
+        return Adapter(**how, scale=infer.adapter_scale)
 
     given = adapter_in(infer.adapter) if infer.adapter is not None else None
     of_command = Model(cfg.model.from_pretrained, None, given, cfg.model.revision, cfg.model.variant)

@@ -19,14 +19,14 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from dreambooth import slurm
-from dreambooth.callbacks.checkpoint import FOLDER, Checkpoint, newest, same_batch
+from dreambooth.callbacks.checkpoint import FOLDER, Checkpoint, newest
 from dreambooth.config import build
 from dreambooth.data import checks
 from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.errors import UserError, about
 from dreambooth.module import DreamBoothModule
 from dreambooth.optimizers import checked
-from dreambooth.parallel.checkpoint import Resume
+from dreambooth.parallel.checkpoint import Resume, same_batch
 from dreambooth.parallel.checks import check
 from dreambooth.report.overrides import record
 from dreambooth.run_folder import begin, find_run, is_rank_zero

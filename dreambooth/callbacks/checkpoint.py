@@ -81,13 +81,3 @@ def newest(folder: Path, base: str) -> Path | None:
             f"no checkpoint in {folder} can be read: delete the folder, or type resume=false to begin afresh"
         )
     return None
-
-
-def same_batch(path: Path, size: int) -> None:
-    """Raise UserError when the steps of a checkpoint saw another number of pictures of each role than ``size``."""
-    seen = read_notes(path).get("global_size", size)
-    if seen != size:
-        raise UserError(
-            f"{path}: its steps saw {seen} pictures of each role, these would see {size}: change "
-            "model.micro_batch_size or trainer.accumulate_grad_batches with the number of ranks, or type resume=false"
-        )

@@ -65,6 +65,8 @@ class Subject:
 
 
 def _in_words_of(prompt: str, old: str, new: str, key: str) -> str:
+    if old == new:
+        return prompt
     for words in (str, phrase):
         if words(old) in prompt:
             return prompt.replace(words(old), words(new))
@@ -79,7 +81,7 @@ class Asked:
     """``count`` pictures of a prompt, which count for a role of a subject: "subject" or "class"."""
 
     prompt: str
-    count: int  # type: ignore[assignment]
+    count: int
     role: str
     subject: Subject
 
@@ -88,12 +90,10 @@ def wanted(how: Mapping[str, Any], subjects: Sequence[Subject]) -> list[Asked]:
     """What an ``evaluate`` node asks for: of each subject its prompts, then the prompts of its class."""
     prompts = read_prompts(how["prompts"], "evaluate.prompts")
     of_class = read_prompts(how["class_prompts"], "evaluate.class_prompts")
-    asked = []
+    counts, asked = (how["num_images_per_prompt"], how["num_class_images"]), []
     for subject in subjects:
-        own = [subject.asked(prompt, subjects[0]) for prompt in prompts] if len(subjects) > 1 else prompts
-        others = [subject.asked_of_class(prompt, subjects[0]) for prompt in of_class] if len(subjects) > 1 else of_class
-        asked += [Asked(prompt, how["num_images_per_prompt"], "subject", subject) for prompt in own]
-        asked += [Asked(prompt, how["num_class_images"], "class", subject) for prompt in others]
+        asked += [Asked(subject.asked(each, subjects[0]), counts[0], "subject", subject) for each in prompts]
+        asked += [Asked(subject.asked_of_class(each, subjects[0]), counts[1], "class", subject) for each in of_class]
     return asked
 
 

@@ -41,21 +41,25 @@ def save(trainer: Any, module: Any, path: Path) -> None:
     trainer.strategy.barrier()
 
 
-def load(trainer: Any, module: Any, path: Path, any_batch: bool = False) -> None:
+def same_batch(path: Path, size: int) -> None:
+    """Raise UserError when the steps of a checkpoint saw another number of pictures of each role than ``size``."""
+    seen = tensors.read_notes(path).get("global_size", size)
+    if seen != size:
+        raise UserError(
+            f"{path}: its steps saw {seen} pictures of each role, these would see {size}: change "
+            "model.micro_batch_size or trainer.accumulate_grad_batches with the number of ranks, or type resume=false"
+        )
+
+
+def load(trainer: Any, module: Any, path: Path) -> None:
     """Go on from a checkpoint, once the strategy has set up weights and optimizer; all ranks read it themselves.
 
-    Raises:
-        UserError: it is of another format, or holds parameters, averages or groups that this run has not, or another
-            global batch.
+    Whoever trains on asks ``same_batch`` before anything is written.
+    Raises UserError: it is of another format, or holds parameters, averages or groups that this run has not.
     """
     notes = tensors.read_notes(path)
     if notes.get("format") != FORMAT:
         raise UserError(f"{path} has another format than this version reads: type resume=false to begin afresh")
-    if not any_batch and notes["global_size"] != (size := global_size(trainer)):
-        raise UserError(
-            f"{path}: its steps saw {notes['global_size']} pictures of each role, these would see {size}: change "
-            "model.micro_batch_size or trainer.accumulate_grad_batches with the number of ranks, or type resume=false"
-        )
     weights, averages = tensors.read(path, "weights/"), tensors.read(path, "averages/")
     named = module.layout.named()
     if set(weights) != set(named) or (module.ema is not None and set(averages) != set(named)):
@@ -83,13 +87,13 @@ def load(trainer: Any, module: Any, path: Path, any_batch: bool = False) -> None
 
 
 class Resume(pl.Callback):
-    """Goes on from a checkpoint before the first step; one of another global batch only to look at it."""
+    """Goes on from a checkpoint before the first step."""
 
-    def __init__(self, path: Path, any_batch: bool = False) -> None:
-        self.path, self.any_batch = path, any_batch
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        load(trainer, pl_module, self.path, self.any_batch)
+        load(trainer, pl_module, self.path)
 
 
 def global_size(trainer: Any) -> int:

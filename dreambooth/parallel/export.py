@@ -51,7 +51,7 @@ def export(cfg: DictConfig) -> Exported | None:
         own.callbacks.ema,
         own.callbacks.export or {"_target_": "dreambooth.callbacks.export.Export"},
     )
-    callbacks = [*(build(node) for node in nodes if node is not None), Resume(kept, any_batch=True)]
+    callbacks = [*(build(node) for node in nodes if node is not None), Resume(kept)]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
