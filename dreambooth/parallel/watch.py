@@ -72,9 +72,7 @@ def watching(trainer: pl.Trainer) -> Iterator[None]:
         watch.fail(error)
         raise
     watch.say(0, "")
-    watch.log.unlink(missing_ok=True)
-    with suppress(OSError):  # another rank's is there
-        watch.log.parent.rmdir()
+    watch.close_log()
 
 
 class Watch:
@@ -104,10 +102,25 @@ class Watch:
 
     def open_log(self) -> None:
         """Begin the log of this rank; a fault of the interpreter is written there, too."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.log.write_text(f"{self.me.name} began at {time.strftime('%F %T')}\n")
-        if not faulthandler.is_enabled():
+        for last in (False, False, False, True):
+            try:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                self.log.write_text(f"{self.me.name} began at {time.strftime('%F %T')}\n")
+                break
+            except (FileNotFoundError, FileExistsError):  # another rank, through with its last work, removes the folder
+                if last:
+                    raise
+        self.tells_faults = not faulthandler.is_enabled()
+        if self.tells_faults:
             faulthandler.enable(self.log.open("a"))
+
+    def close_log(self) -> None:
+        """Remove the log of a rank that has nothing to say."""
+        if self.tells_faults:
+            faulthandler.disable()
+        self.log.unlink(missing_ok=True)
+        with suppress(OSError):  # another rank's is there
+            self.log.parent.rmdir()
 
     def accept(self, server: socket.socket, token: str) -> None:
         """Take a connection of every other rank."""
