@@ -27,10 +27,15 @@ from dreambooth.callbacks.export import Export
 from dreambooth.callbacks.preemption import Preemption
 from dreambooth.parallel.fsdp import FsdpStrategy
 from dreambooth.parallel.zero import ZeroStrategy
+from dreambooth.tuning.full import Full
 from dreambooth.tuning.lora import Lora
-from tests.steps import CONSTANT, module_of, run
+from dreambooth.tuning.pivotal import Pivotal
+from dreambooth.tuning.textual_inversion import TextualInversion
+from tests.steps import CONSTANT, PROMPTS, module_of, run
 
-LORA = partial(Lora, rank=2, alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj"], seed=5)
+LITTLE: dict[str, Any] = {"rank": 2, "alpha": 3, "seed": 5, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+LORA = partial(Lora, **LITTLE | {"target_modules": [*LITTLE["target_modules"], "q_proj", "v_proj"]})
+WORD = {"instance_prompt": PROMPTS["instance"], "class_prompt": PROMPTS["regularization"], "embedding_lr": 5e-3}
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.strategies"])
@@ -59,6 +64,15 @@ STRATEGIES: dict[str, Any] = {
     "deepspeed_3_offload": partial(CpuZero, 3, offload=True),
 }
 
+TUNINGS: dict[str, Any] = {
+    "full": Full,
+    "lora": LORA,
+    "dora": partial(LORA, use_dora=True),
+    "textual_inversion": lambda family, **_: TextualInversion(family, **WORD),
+    "pivotal": lambda family, **_: Pivotal(family, **WORD, **LITTLE, embedding_steps=None),
+    "pivotal_in_turn": lambda family, **_: Pivotal(family, **WORD, **LITTLE, embedding_steps=3, together=False),
+}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -75,7 +89,7 @@ class Job:
     ema: float | None = 0.5
     clip: float | None = 1.0
     poison: str = ""
-    lora: bool = False
+    tuning: str = "full"
     precision: str = "32-true"
     pause: float = 0.0
     told: int | None = None  # the step in which the second rank gets USR1
@@ -116,7 +130,7 @@ class Job:
 def make_module(job: Job) -> Any:
     """The module of a job, at a rate that warms up."""
     sched = CONSTANT | {"name": "constant_with_warmup", "warmup_steps": 3}
-    return module_of(job.model, sched=sched, tuning=LORA if job.lora else None, **job.module)
+    return module_of(job.model, sched=sched, tuning=TUNINGS[job.tuning], **job.module)
 
 
 class Record(pl.Callback):

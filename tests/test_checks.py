@@ -8,8 +8,15 @@ import torch
 from dreambooth import UserError, compose, train
 from dreambooth.parallel import checks, zero
 from dreambooth.run_folder import open_run
+from dreambooth.tuning.full import Full
 
 GPUS = "trainer.accelerator=gpu"
+
+
+class Own(Full):
+    """Somebody's way of tuning that says nothing of parts."""
+
+    may_be_cut = False
 
 
 @pytest.mark.parametrize(
@@ -27,10 +34,19 @@ GPUS = "trainer.accelerator=gpu"
         (["strategy=fsdp", "trainer.precision=16-mixed"], 0, ["16-mixed", "fsdp", "bf16-mixed"]),
         (["strategy=deepspeed_2", "trainer.precision=16-mixed"], 2, ["16-mixed", "bf16-mixed"]),
         (["strategy=fsdp", "model/optim=adafactor"], 0, ["model.optim", "strategy=fsdp", "model/optim=adamw"]),
-        (["strategy=fsdp", "model/tuning=textual_inversion"], 0, ["model/tuning", "TextualInversion", "strategy=ddp"]),
-        (["strategy=fsdp_hybrid", "model/tuning=pivotal"], 0, ["model/tuning", "Pivotal", "full or lora"]),
-        (["strategy=deepspeed_1", "model/tuning=pivotal"], 2, ["model/tuning", "Pivotal", "strategy=ddp"]),
-        (["strategy=deepspeed_3", "model.prior=teacher"], 2, ["model.prior=teacher", "strategy=ddp"]),
+        (["strategy=fsdp", "model.tuning._target_=tests.test_checks.Own"], 0, ["model/tuning", "Own", "full or lora"]),
+        (["strategy=fsdp_hybrid", "model/tuning=pivotal"], 0, ["model.tuning.embedding_steps=null", "strategy=ddp"]),
+        (["strategy=deepspeed_3", "model.prior=teacher"], 2, ["model.prior=teacher", "model/tuning=lora"]),
+        (
+            ["strategy=fsdp", "model.prior=teacher", "model/tuning=lora", "model.train_text_encoder=true"],
+            0,
+            ["model.prior=teacher", "model.tuning.train_text_encoder=false"],
+        ),
+        (
+            ["strategy=fsdp", "model.prior=teacher", "model/tuning=pivotal", "model.tuning.embedding_steps=null"],
+            0,
+            ["model.prior=teacher", "strategy=ddp"],
+        ),
         (
             ["strategy=fsdp", "model.tuning.stop_text_encoder_at=2", "model.train_text_encoder=true"],
             0,
@@ -55,9 +71,12 @@ def test_what_cannot_be_done(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_what_a_strategy_that_cuts_knows(tuning: str) -> None:
-    checks.check(compose(["strategy=fsdp", f"model/tuning={tuning}", "trainer.accelerator=cpu"]))
+@pytest.mark.parametrize(
+    "words",
+    ["full", "lora", "lora model.prior=teacher", "textual_inversion", "pivotal model.tuning.embedding_steps=null"],
+)
+def test_what_a_strategy_that_cuts_knows(words: str) -> None:
+    checks.check(compose(["strategy=fsdp", *f"model/tuning={words}".split(), "trainer.accelerator=cpu"]))
 
 
 @pytest.mark.parametrize(("gpus", "devices"), [(0, "2"), (8, "'0,7'"), (8, "auto"), (8, "-1"), (2, "[0,1]")])

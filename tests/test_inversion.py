@@ -102,7 +102,7 @@ def test_every_way(name: str, prior: bool, cached: bool, tiny_sd: Path, photos: 
         assert np.array_equal(picture(base), own.picture)
     assert np.abs(plain - own.picture).max() > 1
     ((word, rows_of_it),) = load_file(tmp_path / "adapter" / "learned_embeds.safetensors").items()
-    assert (word, rows_of_it.shape) == ("sks", (module.tuning.word.table.rows.shape))
+    assert (word, rows_of_it.shape) == ("sks", (module.tuning.word.encoder.get_input_embeddings().rows.shape))
 
 
 def test_a_teacher_knows_neither_word_nor_adapter(tiny_sd: Path) -> None:

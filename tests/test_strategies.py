@@ -32,9 +32,9 @@ ROOT = Path(__file__).parent.parent
 LAST = 6  # steps, saved every other; a pair begins at 2, is killed after 4, and hands over to one process at the end
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"module": {"text": True}},
-    "fsdp": {"lora": True, "accumulate": 2, "size": 4},
+    "fsdp": {"tuning": "lora", "accumulate": 2, "size": 4},
     "deepspeed_1": {"clip": None, "prior": False},
-    "deepspeed_2": {"lora": True, "accumulate": 2, "size": 4},
+    "deepspeed_2": {"tuning": "lora", "accumulate": 2, "size": 4},
     "deepspeed_3": {"ema": None, "module": {"gradient_checkpointing": True}},
 }
 UNCACHED = {"ema": None, "photos": Path("photos")}  # as with use_cached_latents=false
@@ -42,15 +42,30 @@ EXHAUSTIVE: list[tuple[str, dict[str, Any]]] = [
     ("fsdp", {"module": {"text": True, "gradient_checkpointing": True}}),
     ("fsdp", {"ema": None, "clip": None, "prior": False}),
     ("deepspeed_2", {"module": {"text": True, "gradient_checkpointing": True}}),
-    ("deepspeed_3", {"ema": None, "lora": True, "accumulate": 2, "size": 4, "module": {"text": True}}),
+    ("deepspeed_3", {"ema": None, "tuning": "lora", "accumulate": 2, "size": 4, "module": {"text": True}}),
     ("deepspeed_3", {"ema": None, "clip": None, "prior": False}),
     ("deepspeed_2_offload", {"accumulate": 2, "size": 4}),
     ("deepspeed_3_offload", {"ema": None}),
     *((strategy, UNCACHED) for strategy in ("fsdp", "deepspeed_2", "deepspeed_3")),
     *((strategy, {"ema": None, "precision": "bf16-mixed"}) for strategy in ("fsdp", "deepspeed_2", "deepspeed_3")),
-    *((strategy, {"lora": True}) for strategy in ("ddp", "deepspeed_1", "deepspeed_2_offload")),
-    ("deepspeed_3_offload", {"lora": True, "ema": None}),
+    *((strategy, {"tuning": "lora"}) for strategy in ("ddp", "deepspeed_1", "deepspeed_2_offload")),
+    ("deepspeed_3_offload", {"tuning": "lora", "ema": None}),
+    ("fsdp", {"tuning": "dora"}),
+    ("deepspeed_3", {"tuning": "dora", "ema": None}),
+    *((strategy, {"tuning": "textual_inversion"}) for strategy in ("ddp", "fsdp", "deepspeed_2")),
+    *((strategy, {"tuning": "pivotal"}) for strategy in ("ddp", "fsdp", "deepspeed_2")),
+    ("ddp", {"tuning": "pivotal_in_turn"}),
+    *(("deepspeed_3", {"tuning": tuning, "ema": None}) for tuning in ("textual_inversion", "pivotal")),
+    *((strategy, {"tuning": "lora", "module": {"prior": "teacher"}}) for strategy in ("ddp", "fsdp", "deepspeed_2")),
+    ("deepspeed_3", {"tuning": "lora", "ema": None, "module": {"prior": "teacher"}}),
 ]
+
+
+def spelled(case: tuple[str, dict[str, Any]]) -> str:
+    """A case as its test is called."""
+    strategy, options = case
+    flat = {key: value for key, value in options.items() if key != "module"} | options.get("module", {})
+    return " ".join([strategy, *(f"{key}={value}" for key, value in flat.items())])
 
 
 def alike(found: dict[str, float], expected: dict[str, float], precision: str = "32-true") -> None:
@@ -106,7 +121,7 @@ def test_goes_around(tiny_sd: Path, tmp_path: Path, strategy: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("strategy", "options"), EXHAUSTIVE)
+@pytest.mark.parametrize(("strategy", "options"), EXHAUSTIVE, ids=map(spelled, EXHAUSTIVE))
 def test_goes_around_with_other_options(
     tiny_sd: Path, photos: Path, tmp_path: Path, strategy: str, options: dict[str, Any]
 ) -> None:
@@ -115,10 +130,10 @@ def test_goes_around_with_other_options(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("lora", [False, True])
-def test_hybrid_shards(tiny_sd: Path, tmp_path: Path, lora: bool) -> None:
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_hybrid_shards(tiny_sd: Path, tmp_path: Path, tuning: str) -> None:
     """Four ranks, two groups of two that each hold all weights together."""
-    go_around(tiny_sd, tmp_path, "fsdp_hybrid", {"size": 4, "lora": lora}, ranks=4)
+    go_around(tiny_sd, tmp_path, "fsdp_hybrid", {"size": 4, "tuning": tuning}, ranks=4)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_2", "deepspeed_3"])

@@ -38,12 +38,19 @@ def check_cut(cfg: DictConfig, strategy: str) -> None:
             f"model/tuning: {strategy} gives each rank a part of a weight, of which {tuning.__name__} knows nothing; "
             "type model/tuning=full or lora, or strategy=ddp"
         )
-    if model.prior == "teacher":
-        raise UserError(f"model.prior=teacher: {strategy} cannot set aside what was learned; type strategy=ddp")
-    if model.tuning.get("stop_text_encoder_at") is not None:
+    if model.prior == "teacher" and (
+        not tuning.separate or tuning.always_text or model.tuning.get("train_text_encoder", False)
+    ):
         raise UserError(
-            f"model.tuning.stop_text_encoder_at: {strategy} cannot let go of a part on the way; type strategy=ddp"
+            f"model.prior=teacher: {strategy} sets aside an adapter of the denoiser, nothing else; type "
+            "model/tuning=lora with model.tuning.train_text_encoder=false, or strategy=ddp"
         )
+    for key in ("stop_text_encoder_at", "embedding_steps"):
+        if model.tuning.get(key) is not None:
+            raise UserError(
+                f"model.tuning.{key}: {strategy} cannot let go of a part on the way; type model.tuning.{key}=null, or "
+                "strategy=ddp"
+            )
     if cfg.trainer.precision == "16-mixed":
         raise UserError(f"trainer.precision=16-mixed: {strategy} has no fp16; type trainer.precision=bf16-mixed")
 

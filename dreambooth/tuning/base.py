@@ -32,6 +32,7 @@ class Tuning(ABC):
 
     separate = False  # whether what learned is files of its own beside the base (``save``)
     drifts = True  # whether what learns can change pictures of the class
+    always_text = False  # whether something of a text encoder learns, whatever the settings
     may_be_cut = False  # whether it works where each rank holds a part of a weight: fsdp, ZeRO
 
     def __init__(

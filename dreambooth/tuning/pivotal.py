@@ -28,7 +28,7 @@ class Pivotal(Lora):
         lora: rank, alpha, target_modules and so on, see ``Lora``.
     """
 
-    may_be_cut = False  # the rows of the word lie beside their table: no strategy gathers both
+    always_text = True
 
     def __init__(
         self,

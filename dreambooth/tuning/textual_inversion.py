@@ -20,7 +20,7 @@ class TextualInversion(Tuning):
         word: how the word is found and begins, see ``Word``.
     """
 
-    separate, drifts = True, False
+    separate, drifts, always_text, may_be_cut = True, False, True, True
 
     def __init__(self, family: Family, embedding_lr: float | None = None, **word: Any) -> None:
         self.word = Word(family, **word)

@@ -95,7 +95,6 @@ class Word:
         self.source = family.tokenizer
         self.tokenizer: Any = copy.deepcopy(family.tokenizer)
         self.tokenizer.add_tokens(self.tokens)
-        self.table: Table | None = None
 
     @property
     def encoder(self) -> Any:
@@ -105,8 +104,8 @@ class Word:
     def attach(self) -> None:
         """Teach the tokenizer and the text encoder the word, which begins as the initializer."""
         table, first = self.encoder.get_input_embeddings(), self.tokenizer.convert_tokens_to_ids(self.tokens[0])
-        self.table = Table(table, first, table.weight.detach()[[self.initial] * len(self.tokens)].clone())
-        self.encoder.set_input_embeddings(self.table)
+        rows = table.weight.detach()[[self.initial] * len(self.tokens)].clone()
+        self.encoder.set_input_embeddings(Table(table, first, rows))
         self.family.tokenizer = self.tokenizer
 
     @contextmanager
@@ -136,9 +135,9 @@ class Word:
 
     def save(self, folder: Path) -> None:
         """Write learned_embeds.safetensors, the word and its embeddings (n, D), as load_textual_inversion takes it."""
-        assert self.table is not None
+        table: Table = self.encoder.get_input_embeddings()
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({self.name: self.table.rows.detach().cpu().contiguous()}, folder / FILE, {"format": "pt"})
+        save_file({self.name: table.rows.detach().cpu().contiguous()}, folder / FILE, {"format": "pt"})
 
 
 def single_token(tokenizer: Any, word: str | None, class_prompt: str) -> int:
