@@ -9,6 +9,7 @@ import re
 import shlex
 import weakref
 from collections.abc import Mapping
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,22 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
     known = [f"{group}={'null' if choices[group] is None else choices[group]}" for group in groups()]
     added = [override for override in overrides if override.startswith("+")]
     known = [card for card in known if not card.startswith("experiment=")]
+    places = tuple(str(each.path) for each in hydra_node.runtime.config_sources)
     if keys := [key[1] for one in added if (key := re.match(r"\++([\w.]+)=", one)) and key[1] not in groups()]:
-        rules.check_added(keys, _plain(hydra.compose("config", overrides=known)))
-    cards = hydra.compose("config", overrides=[*known, *added])
+        rules.check_added(keys, _cards(places, *known))
     source = f"experiment={choices.get('experiment')}: " if choices.get("experiment") else ""
-    rules.check(_plain(cfg), _plain(cards), source)
+    rules.check(_plain(cfg), _cards(places, *known, *added), source)
     slurm.check(cfg)
     OmegaConf.set_readonly(cfg, True)
     _COMMANDS[id(cfg)] = _command(hydra_node)
     weakref.finalize(cfg, _COMMANDS.pop, id(cfg), None)
     return cfg
+
+
+@lru_cache(64)  # a sweep's jobs, and a program's many trees, are mostly of the same cards
+def _cards(places: tuple[str, ...], *overrides: str) -> Mapping[str, Any]:
+    """The tree of these cards, which lie in these places, to compare with; while Hydra is initialized."""
+    return _plain(hydra.compose("config", overrides=list(overrides)))
 
 
 def command_of(cfg: DictConfig) -> str | None:
@@ -122,6 +129,7 @@ def explain(error: BaseException) -> str:
         return nearest.explain(error, _plain(hydra.compose("config")), groups())
 
 
+@cache
 def groups() -> list[str]:
     """The groups of config.yaml, in its order."""
     entries = OmegaConf.load(CONF / "config.yaml").defaults

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from dreambooth import UserError, compose
 from dreambooth.benchmark import results
 from dreambooth.benchmark.protocol import POCKET_PROMPTS, parse, tasks_of
-from dreambooth.benchmark.task import benchmark, share
+from dreambooth.benchmark.task import benchmark, share, take_one_gpu
 from dreambooth.pocket import SUBJECTS
 from tests.tiny import RESOLUTION
 
@@ -159,6 +160,27 @@ def test_subjects_are_dealt_out(env, expected, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert share() == expected
+
+
+@pytest.mark.parametrize(
+    ("local", "visible", "there", "expected"),
+    [
+        ({"LOCAL_RANK": "2"}, None, 4, "2"),
+        ({"SLURM_LOCALID": "1"}, "5,7", 8, "7"),
+        ({"SLURM_LOCALID": "3"}, "6", 8, "6"),  # --gpus-per-task: it sees its own alone
+        ({}, "4,5", 8, "4,5"),
+        ({"LOCAL_RANK": "1"}, None, 0, None),
+    ],
+)
+def test_each_process_of_a_node_takes_a_gpu_of_its_own(local, visible, there, expected, monkeypatch):
+    for name, value in {"LOCAL_RANK": None, "SLURM_LOCALID": None, "CUDA_VISIBLE_DEVICES": visible, **local}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    take_one_gpu()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
 
 
 @pytest.mark.parametrize("typed", ["trainer.devices=2", "trainer.num_nodes=2", "trainer.devices=[0,1]"])

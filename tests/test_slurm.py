@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 from dreambooth.parallel.tensors import read
+from dreambooth.pocket import SUBJECTS
 from tests.slurm import Cluster, missing, running_cluster
+from tests.test_benchmark import small
 from tests.tiny import short_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +30,23 @@ HERE = [
     "--time=00:20:00",
 ]  # two nodes of two CPUs each
 STEPS = 40
+LAYOUT = """Classes
+
+subject_name,class
+cat,cat
+dog,dog
+teapot,teapot
+
+Prompts
+
+Object Prompts
+
+prompt_list = ['a {0} {1} in the jungle'.format(unique_token, class_token)]
+
+Live Subject Prompts
+
+prompt_list = ['a {0} {1} in a chef outfit'.format(unique_token, class_token)]
+"""
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -66,6 +86,10 @@ def submit(slurm: Cluster, folder: Path, *command: str) -> str:
 def log_of(folder: Path, job: str) -> str:
     path = folder / f"dreambooth-{job}.log"
     return path.read_text() if path.exists() else ""
+
+
+def logs_of(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("dreambooth-*.log")))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -137,6 +161,35 @@ def test_other_nodes_than_the_job_has_are_one_line(slurm, settings, tmp_path) ->
     assert "dreambooth: trainer.num_nodes=2, but the job has 1 nodes: type trainer.num_nodes=1" in log_of(tmp_path, job)
     assert "Traceback" not in log_of(tmp_path, job)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_job_that_meets_its_time_limit_comes_back_until_it_is_done(slurm, settings, tmp_path) -> None:
+    """SLURM's own signal, before a limit of one minute, which it looks for every half minute: more than once."""
+    limit = ["--time=00:01:00", "--signal=USR1@10", "--nodes=1"]
+    job = submit(slurm, tmp_path, *limit, *settings, "trainer.max_steps=1500")
+    run = tmp_path / "outputs" / "dreambooth" / job
+    slurm.wait(lambda: slurm.finished(job), 500, lambda: log_of(tmp_path, job))
+    assert log_of(tmp_path, job).count(f"requeued job {job}") >= 1
+    assert [int(row["step"]) for row in rows_of(run / "metrics.csv")] == list(range(1, 1501))
+
+
+def test_the_benchmark_as_an_array(slurm, tiny_sd, tmp_path) -> None:
+    """By the words of docs/slurm.md: two jobs deal out three subjects, and the later one's table is whole."""
+    names = ["cat", "dog", "teapot"]
+    for name in names:
+        shutil.copytree(SUBJECTS / name, tmp_path / "dataset" / name)
+    (tmp_path / "dataset" / "prompts_and_classes.txt").write_text(LAYOUT)
+    words = [word for word in small(tiny_sd, tmp_path / "dataset", Path("outputs/benchmark")) if "base_dir" not in word]
+    options = ["--array=0-1", "--nodes=1", "--ntasks-per-node=1"]
+    alone = ["strategy=auto", "trainer.devices=1", "trainer.num_nodes=1"]
+    array = submit(slurm, tmp_path, *options, *words, *alone)
+    for place in range(2):
+        slurm.wait(lambda job=f"{array}_{place}": slurm.finished(job), 300, lambda: logs_of(tmp_path))
+    folder = tmp_path / "outputs" / "benchmark"
+    assert [row["subject"] for row in rows_of(folder / "benchmark.csv")][:3] == names
+    assert [(folder / name / "summary.json").exists() for name in names] == [True] * 3
+    assert logs_of(tmp_path).count("(1 of 2 here, 3 in all)") == 1
+    assert logs_of(tmp_path).count("(1 of 1 here, 3 in all)") == 1
 
 
 def test_the_launcher_submits_an_array_and_ends_with_the_table(slurm, settings, tmp_path) -> None:

@@ -56,6 +56,7 @@ def benchmark(cfg: DictConfig) -> Benchmark:
         raise UserError("callbacks.evaluate is null: task=benchmark measures; type callbacks/evaluate=default")
     tasks, folder = tasks_of(cfg.benchmark), Path(cfg.run_dir)
     shard, count = share()
+    take_one_gpu()
     for name in (*GROUP, *SLURM):
         os.environ.pop(name, None)
     mine = tasks[shard::count]
@@ -101,6 +102,15 @@ def share() -> tuple[int, int]:
     step = int(env.get("SLURM_ARRAY_TASK_STEP", 1))
     place = (int(env.get("SLURM_ARRAY_TASK_ID", first)) - first) // step
     return place * world + rank, int(env.get("SLURM_ARRAY_TASK_COUNT", 1)) * world
+
+
+def take_one_gpu() -> None:
+    """Let this process see the GPU of its own number among those of its node, before anybody counts them."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    if local is not None and len(seen) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[int(local) % len(seen)]
 
 
 def repair(folder: Path) -> None:
