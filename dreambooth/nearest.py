@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
 from yaml import MarkedYAMLError
 
 
@@ -28,6 +30,8 @@ def nearest_key(key: str, tree: Mapping[str, Any]) -> str:
         if part not in node:
             break
         node = node[part]
+    else:  # it is there with the usual cards
+        return ""
     here = _closest(part, [str(name) for name in node], cutoff=0.6)
     if here:
         shorter = ".".join([*parts[:depth], here])
@@ -37,6 +41,18 @@ def nearest_key(key: str, tree: Mapping[str, Any]) -> str:
         if name.rpartition(".")[2] == parts[-1]:
             return f"; did you mean '{name}'?"
     return nearest(part, node) if depth else nearest(key, _keys(tree))
+
+
+def other_card(key: str, groups: Iterable[str], folder: Path) -> str:
+    """``; model/tuning=lora has it``: a key that cards of its group know which are not in use; empty if none does."""
+    for group in sorted(groups, key=len, reverse=True):
+        rest = key.removeprefix(group.replace("/", ".") + ".")
+        if rest == key:
+            continue
+        trees = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in (folder / group).glob("*.yaml")}
+        if cards := sorted(card for card, tree in trees.items() if isinstance(tree, dict) and rest in _keys(tree)):
+            return f"; {group}={' or '.join(cards)} has it"
+    return ""
 
 
 def _closest(name: str, options: list[str], cutoff: float) -> str | None:
@@ -62,8 +78,11 @@ def _keys(tree: Mapping[str, Any]) -> list[str]:
     return [key for key, _ in keys(tree)]
 
 
-def explain(error: BaseException, tree: Mapping[str, Any], groups: Iterable[str]) -> str:
-    """One line for an error of Hydra or OmegaConf; ``tree`` and ``groups`` are what the names are compared with."""
+def explain(error: BaseException, tree: Mapping[str, Any], groups: Iterable[str], folder: Path) -> str:
+    """One line for an error of Hydra or OmegaConf.
+
+    ``tree``, ``groups`` and the cards in ``folder`` are what the names are compared with.
+    """
     text = str(error)
     inside = re.match(r"In '([^']+)'", text)
     place = f"in {inside[1]}.yaml: " if inside and inside[1] != "config" else ""
@@ -78,8 +97,10 @@ def explain(error: BaseException, tree: Mapping[str, Any], groups: Iterable[str]
     wrong = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
     if isinstance(error, ConfigCompositionException) and wrong:
         name = wrong[1]
-        what, near = ("group", nearest(name, groups)) if "/" in name else ("key", nearest_key(name, tree))
-        return f"{place}{name}: there is no such {what}{near}"
+        if "/" in name:
+            return f"{place}{name}: there is no such group{nearest(name, groups)}"
+        near = other_card(name, groups, folder) or nearest_key(name, tree)
+        return f"{place}{name}: there is no such key{near}"
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: {error.problem}"

@@ -106,7 +106,7 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("model.data.num_reg_images=null", ["model.data.num_reg_images=None", "whole number"]),
         ("model.prior=teachers", ["did you mean 'teacher'"]),
         ("model.tuning.stop_text_encoder_at=5", ["model.train_text_encoder=true"]),
-        ("model.tuning.rank=4", ["model.tuning.rank"]),
+        ("model.tuning.rank=4", ["model.tuning.rank", "model/tuning=lora or pivotal has it"]),
         ("model.micro_batch_size=0", ["at least 1"]),
         ("model.prior_loss_weight=-0.1", ["at least 0"]),
         ("model.train_text_encoder=maybe", ["true or false"]),
@@ -146,6 +146,11 @@ def test_wrong_input_is_one_line_with_the_right_name(override, words):
     line = str(caught.value)
     assert "\n" not in line
     assert all(word in line for word in words), line
+
+
+def test_a_key_of_a_card_that_is_not_in_use_is_told_its_card():
+    with pytest.raises(UserError, match=r"patience: there is no such key; callbacks/evaluate=default has it$"):
+        config.compose(["model=sd15", "callbacks.evaluate.patience=4"])
 
 
 def test_right_input_of_several_kinds_is_taken():

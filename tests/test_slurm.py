@@ -181,8 +181,14 @@ def test_the_benchmark_as_an_array(slurm, tiny_sd, tmp_path) -> None:
     (tmp_path / "dataset" / "prompts_and_classes.txt").write_text(LAYOUT)
     words = [word for word in small(tiny_sd, tmp_path / "dataset", Path("outputs/benchmark")) if "base_dir" not in word]
     options = ["--array=0-1", "--nodes=1", "--ntasks-per-node=1"]
-    alone = ["strategy=auto", "trainer.devices=1", "trainer.num_nodes=1"]
-    array = submit(slurm, tmp_path, *options, *words, *alone)
+    alone = [
+        "callbacks/evaluate=default",
+        "metrics=pocket",
+        "strategy=auto",
+        "trainer.devices=1",
+        "trainer.num_nodes=1",
+    ]
+    array = submit(slurm, tmp_path, *options, *alone, *words)
     for place in range(2):
         slurm.wait(lambda job=f"{array}_{place}": slurm.finished(job), 300, lambda: logs_of(tmp_path))
     folder = tmp_path / "outputs" / "benchmark"

@@ -11,6 +11,7 @@ import pytest
 from hydra.errors import MissingConfigException
 
 from dreambooth import cli, nearest
+from dreambooth.config import CONF
 from dreambooth.report.sweep import finish
 from tests.runs import make_run
 from tests.tiny import short_run
@@ -160,7 +161,7 @@ def test_what_sbatch_refuses_is_one_line(sweep, tmp_path: Path, monkeypatch) -> 
 def test_the_launcher_without_its_packages_is_one_line() -> None:
     missing = MissingConfigException("", "hydra/launcher/submitit_slurm", [])
     assert (
-        nearest.explain(missing, {}, [])
+        nearest.explain(missing, {}, [], CONF)
         == 'hydra/launcher=slurm needs two more packages: pip install "dreambooth[slurm]"'
     )
 
