@@ -71,8 +71,9 @@ def benchmark(cfg: DictConfig) -> Benchmark:
         OmegaConf.set_readonly(tree, True)
         train(tree)
     folders = {task.name: folder / task.name for task in tasks}
-    rows = results.table(folders)
-    text = results.write(folder, rows)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < len(now := results.table(folders)):  # again if another process finished one meanwhile
+        rows, text = now, results.write(folder, now)
     on_the_way = results.write_curves(folder, results.curves(folders))
     log.info("%d of %d subjects\n%s\n%s", len(rows) - 3, len(tasks), text, on_the_way)
     return Benchmark(folder, rows)
