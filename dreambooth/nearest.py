@@ -49,7 +49,9 @@ def other_card(key: str, groups: Iterable[str], folder: Path) -> str:
         rest = key.removeprefix(group.replace("/", ".") + ".")
         if rest == key:
             continue
-        trees = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in (folder / group).glob("*.yaml")}
+        trees: dict[str, Any] = {
+            path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in (folder / group).glob("*.yaml")
+        }
         if cards := sorted(card for card, tree in trees.items() if isinstance(tree, dict) and rest in _keys(tree)):
             return f"; {group}={' or '.join(cards)} has it"
     return ""
