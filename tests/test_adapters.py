@@ -67,6 +67,7 @@ def one(model: Path, out: Path, *more: str, base: Path | None = None) -> np.ndar
         return np.asarray(picture.convert("RGB")).astype(int)
 
 
+@pytest.mark.slow
 def test_the_run_holds_the_adapter_alone(run: RunResult, tiny_sd: Path, tmp_path: Path) -> None:
     folder = run.folder
     names = {path.name for path in folder.iterdir()}
@@ -144,6 +145,7 @@ def test_a_file_in_another_dialect(run: RunResult, tiny_sd: Path, tmp_path: Path
     assert np.abs(ours - theirs).max() <= 1
 
 
+@pytest.mark.slow
 def test_what_is_no_adapter_for_this_model_is_named(run: RunResult, tiny_sd: Path, tmp_path: Path) -> None:
     def wrong(path: Path, message: str) -> None:
         with pytest.raises(UserError, match=message) as caught:

@@ -64,6 +64,7 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(arguments, w
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
 def test_a_logger_without_its_package_is_one_line_before_anything_is_written(tmp_path):
     result = launch("logger=wandb", "trainer.max_steps=1", cwd=tmp_path)

@@ -61,6 +61,7 @@ def test_the_default_is_the_demo_and_all_groups_are_in_the_table_of_contents():
     assert {group for group, _ in CARDS} == set(config.groups())
 
 
+@pytest.mark.slow
 def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
@@ -182,6 +183,7 @@ def test_every_task_exists():
         assert callable(get_object(task.replace(":", ".")))
 
 
+@pytest.mark.slow
 def test_the_names_of_the_package_are_functions_in_any_order_of_import():
     code = "import dreambooth.generation, dreambooth.tasks; from dreambooth import compose, generate, train; compose()"
     code += "; assert callable(generate) and callable(train) and callable(compose)"

@@ -251,6 +251,7 @@ def beside(photos: Path, name: str) -> Path:
     return shutil.copytree(photos, photos.parent / name / "photos")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(FORK_WARNING)
 def test_two_ranks_and_three_kills_make_what_one_run_makes(tiny: StableDiffusion, photos: Path) -> None:
     alone, ranks, killed = (beside(photos, name) for name in ("alone", "ranks", "killed"))

@@ -56,6 +56,7 @@ def curves(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_before_meanwhile_and_after(finished):
     folder, summary = finished.folder, finished.summary
     rows = curves(folder)
@@ -98,6 +99,7 @@ def test_what_is_exported_is_the_best_step(finished):
     assert all(torch.equal(best[f"unet.{name}"], value) for name, value in exported.items())
 
 
+@pytest.mark.slow
 def test_measuring_again_gives_the_same_to_the_last_digit(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished.folder, run)
@@ -136,6 +138,7 @@ def test_real_pictures_are_not_measured_by_the_pocket_cards(tmp_path):
         evaluate(compose(["task=evaluate", f"evaluate.images={tmp_path}", "evaluate.prompts=a dog"]))
 
 
+@pytest.mark.slow
 def test_a_pipeline_folder_has_no_before(finished, tmp_path):
     words = [f"infer.model={finished.folder / 'pipeline'}", f"evaluate.out_path={tmp_path / 'out'}"]
     found = evaluate(compose([*words, *MEASURED]))
@@ -146,6 +149,7 @@ def test_a_pipeline_folder_has_no_before(finished, tmp_path):
         evaluate(compose([*words, *MEASURED, "evaluate.seed=5"]))
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_needs_no_model(tmp_path):
     cfg = [f"evaluate.images={SUBJECTS / 'dog'}", f"evaluate.out_path={tmp_path / 'out'}", "task=evaluate"]
     found = evaluate(compose([*cfg, "evaluate.prompts=a photo of a dog", f"evaluate.photos={SUBJECTS / 'car'}"]))
@@ -170,6 +174,7 @@ def test_a_folder_of_pictures_needs_no_model(tmp_path):
     assert notes[1] == "div is undefined: there is no second picture of any prompt"
 
 
+@pytest.mark.slow
 def test_the_scores_of_other_pictures_are_never_written_over(tmp_path, monkeypatch):
     """Each folder of pictures has a run folder of its own, and where one is typed, a number."""
     monkeypatch.chdir(tmp_path)

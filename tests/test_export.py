@@ -48,6 +48,7 @@ def finished(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResu
     return tiny_run(tiny_sd, photos, tmp_path_factory.mktemp("run") / "one", *more)
 
 
+@pytest.mark.slow
 def test_tensorboard_is_told_every_nth_row_and_the_grids(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     more = ("trainer.max_steps=4", "trainer.log_every_n_steps=2")
     run = tiny_run(tiny_sd, photos, tmp_path / "run", *more)
@@ -63,6 +64,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_contract_says(finished: RunResult, tiny_sd: Path) -> None:
     folder, summary = finished.folder, finished.summary
     assert {path.name for path in folder.iterdir()} == {
@@ -105,6 +107,7 @@ def test_the_first_grid_is_the_untouched_model(finished: RunResult, tiny_sd: Pat
     assert np.array_equal(second, np.asarray(drawn[1].resize((side, side), Image.Resampling.NEAREST)))
 
 
+@pytest.mark.slow
 def test_the_pipeline_draws_elsewhere_what_the_averaged_weights_draw_here(finished: RunResult, tmp_path: Path) -> None:
     folder = finished.folder
     checkpoint = next((folder / "checkpoints").glob("*.ckpt"))
@@ -128,6 +131,7 @@ assert not any(name.startswith("dreambooth") for name in sys.modules)
         assert np.array_equal(np.asarray(elsewhere), np.asarray(here))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_and_a_killed_one_gets_its_end(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = tiny_run(tiny_sd, photos, folder, "trainer.max_steps=2")
@@ -159,6 +163,7 @@ def test_a_finished_run_is_left_and_a_killed_one_gets_its_end(tiny_sd: Path, pho
     assert after[: len(before)] == before
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without_looking(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     looking = tiny_run(tiny_sd, photos, tmp_path / "a", "trainer.max_steps=3")
     blind = tiny_run(tiny_sd, photos, tmp_path / "b", "trainer.max_steps=3", "callbacks.sample_grid=null")

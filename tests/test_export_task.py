@@ -10,6 +10,7 @@ from dreambooth.parallel.export import export
 from tests.tiny import short_run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", ["adamw", "schedule_free"])
 def test_the_newest_checkpoint_is_exported_as_the_run_would(
     card: str, tiny_sd: Path, photos: Path, tmp_path: Path

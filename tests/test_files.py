@@ -143,6 +143,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(small_disk: Path) -> None:
     assert os.listdir(small_disk) == []
 
 
+@pytest.mark.slow
 def test_sweep_takes_what_dead_processes_left(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from dreambooth.files import atomic\n"

@@ -71,6 +71,7 @@ def test_numbered_pictures_say_how_to_draw_them_again_and_are_kept(tiny_sd: Path
     assert np.array_equal(pixels(paths[3]), lost)
 
 
+@pytest.mark.slow
 def test_other_settings_never_overwrite(tiny_sd: Path, tiny_sd_v: Path, tmp_path: Path) -> None:
     first = ask(tiny_sd, tmp_path)
     bits = [path.read_bytes() for path in first]
@@ -109,6 +110,7 @@ def test_prompts_are_one_a_list_or_a_file(tmp_path: Path) -> None:
             read_prompts(nothing)
 
 
+@pytest.mark.slow
 def test_the_model_may_be_a_run_at_its_resolution(tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = compose([f"model.data.resolution={RESOLUTION + 2 * FACTOR}"])

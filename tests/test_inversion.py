@@ -57,6 +57,7 @@ def tuned(family: StableDiffusion, way: str, train_text_encoder: bool = False) -
     return WAYS[way](family, **WORD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "prior", "cached"), MATRIX)
 def test_every_way(name: str, prior: bool, cached: bool, tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     make = partial(module_of, tiny_sd, tuning=partial(tuned, way=name), optim=PLAIN, prior_loss_weight=0.7)
@@ -195,6 +196,7 @@ def test_wrong_words_are_one_line(given: dict[str, str], words: str, tiny_sd: Pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_tuned_so_is_one_line(tiny_sd: Path) -> None:
     family = StableDiffusion(str(tiny_sd))
     with pytest.raises(UserError, match="the adapters wait for ever"):
@@ -212,6 +214,7 @@ def test_what_cannot_be_tuned_so_is_one_line(tiny_sd: Path) -> None:
             compose(["model/tuning=pivotal", f"model.tuning.{wrong}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["textual_inversion", "pivotal"])
 def test_a_run_and_its_pictures(name: str, tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     """The task trains; task=generate draws what plain diffusers draws with the files, and refuses another model."""

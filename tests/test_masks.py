@@ -181,6 +181,7 @@ def test_only_two_kinds_of_masks() -> None:
         compose(["model.data.mask_floor=1"])
 
 
+@pytest.mark.slow
 def test_white_masks_train_the_same_weights_and_others_do_not(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     plain = trained(2, *short_run(tiny_sd, photos, tmp_path / "plain"))
     write_masks(photos, white=True)

@@ -163,6 +163,7 @@ def test_pocket_lpips_is_the_formula_over_its_blocks(photographs):
     assert table[0, 1].item() == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_real_encoders_read_local_files_only(tmp_path, photographs):
     """The published architectures with random weights, written where the keys point; nothing is downloaded."""
     torch.manual_seed(0)
@@ -194,6 +195,7 @@ def test_real_encoders_read_local_files_only(tmp_path, photographs):
         assert table[0, 1].item() == pytest.approx(reference(pixels[:1], pixels[1:2]).item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_missing_encoder_is_one_line_with_its_key(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     (tmp_path / "pickle.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")

@@ -47,6 +47,7 @@ def test_what_learns_and_what_stays(tiny_sd: Path, text: bool) -> None:
         assert all(weight.dtype == torch.float32 for weight in network.parameters())
 
 
+@pytest.mark.slow
 def test_overfits_one_picture(tiny_sd: Path) -> None:
     module = module_of(tiny_sd, optim=partial(torch.optim.AdamW, lr=3e-3))
     _, rows = run(module, 150, size=1, prior=False)

@@ -42,6 +42,7 @@ def go(model: Path, folder: Path, card: str, steps: int, *callbacks: pl.Callback
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS)
 def test_two_steps_and_a_resume_are_four_steps(tiny_sd: Path, tmp_path: Path, card: str, capfd: Any) -> None:
     """Bit for bit, and whether or not anybody looks; every weight learns; nothing is printed."""
@@ -72,6 +73,7 @@ def test_schedule_free_is_evaluated_at_its_average(tiny_sd: Path) -> None:
         assert all(torch.equal(value, chosen[name]) for name, value in module.learned.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_export_of_schedule_free_is_its_average(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     words = [*short_run(tiny_sd, photos, tmp_path / "run"), "model/optim=schedule_free", "trainer.max_steps=3"]
     result = train(compose([*words, "callbacks.sample_grid=null", "callbacks.evaluate=null", "logger=none"]))
@@ -123,6 +125,7 @@ def test_any_other_optimizer_by_its_class(tiny_sd: Path) -> None:
         checked(optim("adamw", other))
 
 
+@pytest.mark.slow
 def test_settings_that_undo_an_optimizer_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.ema\.decay"):
         compose(["model/optim=schedule_free", "model.ema.decay=0.9"])

@@ -100,6 +100,7 @@ def test_losses_equal_those_of_diffusers_lora_script(tmp_path: Path) -> None:
     assert losses == pytest.approx(tape["loss"].tolist(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_min_snr_beside_the_prior_is_wrong_there(tmp_path: Path) -> None:
     """The script multiplies the instance's loss by the mean weight of both roles' levels, and the prior's by none.
 

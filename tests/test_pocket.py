@@ -38,6 +38,7 @@ def test_no_caption_has_a_word_for_a_subject():
         assert distance > 3 * 14, "a colour that the captions name"
 
 
+@pytest.mark.slow
 def test_the_shipped_pictures_are_the_ready_subjects():
     assert len(ready.SUBJECTS) >= 8
     assert len({figure.noun for figure in ready.SUBJECTS.values()}) >= 5
@@ -123,6 +124,7 @@ def test_what_ships_is_small_and_its_manifest_says_how_good_it_is():
     assert all(manifest["figures"][name] >= gate for name, gate in GATES.items())
 
 
+@pytest.mark.slow
 def test_the_shipped_networks_pass_their_gates_on_new_scenes():
     scenes = Scenes(200, "test")
     referee, vae = encoders.load_judge(), DiffusionPipeline.from_pretrained(str(WEIGHTS)).vae
@@ -134,6 +136,7 @@ def test_the_shipped_networks_pass_their_gates_on_new_scenes():
     assert eye.triplet_accuracy(encoders.load_eye(), eye.individuals(32, 3, "test")) >= 0.94
 
 
+@pytest.mark.slow
 def test_the_base_draws_what_it_is_told():
     pipe = DiffusionPipeline.from_pretrained(str(WEIGHTS))
     shares, _ = obeys(pipe, encoders.load_judge(), every=17, seed="test")  # 26 prompts

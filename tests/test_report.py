@@ -199,6 +199,7 @@ def test_the_headline_is_not_only_praise(run: Path, after: dict, words: list[str
     assert [verdict.word for verdict in verdicts(read_run(run))] == words
 
 
+@pytest.mark.slow
 def test_several_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [make_run(tmp_path / "outputs" / name, lr=lr) for name, lr in (("a", 1e-4), ("b & c", 2e-4), ("d", 1.5e-4))]
     (tmp_path / "outputs" / "empty").mkdir()
@@ -298,6 +299,7 @@ def test_what_is_no_run_is_one_line_and_exit_code_2(runs, words, tmp_path, monke
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_command_and_what_is_not_the_default_are_recorded(tmp_path: Path) -> None:
     typed = ["model.optim.lr=2e-4", 'model.data.instance_prompt="a zwx, it\'s a dog"', "callbacks.sample_grid=null"]
     cfg = compose([*typed, f"hydra.run.dir={tmp_path}", "+trainer.deterministic=true", "resume=false"])
@@ -326,6 +328,7 @@ def test_the_report_is_no_part_of_the_run(tmp_path: Path) -> None:
     assert open_run(other, tmp_path / "run").summary is None  # the first one never began
 
 
+@pytest.mark.slow
 def test_a_training_ends_with_its_report(tiny_sd, photos, tmp_path, monkeypatch, caplog) -> None:
     settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null
         model.data.resolution=32 model.data.num_reg_images=2 model.data.sampler.inference_steps=2
@@ -365,6 +368,7 @@ def test_a_sweep_ends_with_a_comparison(tiny_sd, photos, tmp_path) -> None:
     assert "Loss over the steps" in page.text
 
 
+@pytest.mark.slow
 def test_a_page_needs_no_training_library() -> None:
     code = (
         "import sys, dreambooth.report.task; print({'diffusers', 'transformers', 'pytorch_lightning'} & {*sys.modules})"

@@ -40,6 +40,7 @@ def go(model: Path, folder: Path, stop: int | None = None, **options: Any) -> An
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "stops"), [({"accumulate_grad_batches": 3, "size": 1}, (3, 4, 6)), ({}, (2,))])
 def test_resume_is_exact(tiny_sd: Path, tmp_path: Path, options: dict[str, Any], stops: tuple[int, ...]) -> None:
     """Weights, averages and optimizer are bit for bit those of a run that was never stopped."""

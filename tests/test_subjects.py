@@ -184,6 +184,7 @@ def run_settings(tiny_sd: Path, folder: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_two_subjects_are_measured_each_with_its_photos(tiny_sd: Path, tmp_path: Path) -> None:
     more = ["evaluate.prompts=[a photo of a sks dog,a drawing of a sks dog at night]", "evaluate.inference_steps=1"]
     more += ["evaluate.num_images_per_prompt=2", "evaluate.num_class_images=1", "trainer.max_steps=2"]

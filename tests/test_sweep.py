@@ -93,6 +93,7 @@ def sweep(tiny_sd: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return typed
 
 
+@pytest.mark.slow
 def test_every_job_has_its_folder_and_one_that_fails_ends_no_other(sweep, tmp_path: Path, monkeypatch) -> None:
     for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_JOB_NAME", "sweep")):  # several jobs in one of SLURM's
         monkeypatch.setenv(name, value)

@@ -66,6 +66,7 @@ def rows_of(metrics: Path) -> list[list[str]]:
     return [row for row in list(csv.reader(metrics.read_text().splitlines()))[1:] if row]
 
 
+@pytest.mark.slow
 def test_prepare_then_epochs(settings: list[str], tmp_path: Path) -> None:
     """prepare leaves nothing to make; 2 epochs of 5 photos x 3 repeats in global batches of 4 are 8 steps."""
     run = f"hydra.run.dir={tmp_path / 'run'}"
@@ -113,6 +114,7 @@ def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_what_a_finished_run_refuses_leaves_it_as_it_is(settings: list[str], tiny_sd: Path, tmp_path: Path) -> None:
     """Another base under the same name, or another global batch, with a raised goal; then the old command."""
     base = shutil.copytree(tiny_sd, tmp_path / "base")

@@ -65,6 +65,7 @@ class Own(pl.Callback):
             self.picture = picture(pl_module.family.to_pipeline())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "online"])
 @pytest.mark.parametrize("prior", [True, False], ids=["prior", "alone"])
 @pytest.mark.parametrize("name", TUNINGS)
@@ -218,6 +219,7 @@ class Moments(pl.Callback):
         self.kept.append(weight in trainer.optimizers[0].state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full and text encoder", "lora and text encoder"])
 def test_a_text_encoder_that_stops(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     """From that step on it is what it was, the loss that of reading it online, and a resume before or after exact."""

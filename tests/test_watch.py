@@ -103,6 +103,7 @@ def run_rank(folder: Path, rank: int, port: int) -> None:
         time.sleep(100)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(FORK_WARNING)
 def test_what_a_rank_died_of_is_in_its_log_and_in_the_line_of_the_others(tmp_path: Path) -> None:
     port = random.SystemRandom().randint(20000, 60000)
