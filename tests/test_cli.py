@@ -4,7 +4,6 @@ import os
 import resource
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -64,15 +63,30 @@ def test_wrong_input_is_one_line_and_exit_code_2_and_leaves_nothing(arguments, w
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_logger_without_its_package_is_one_line_before_anything_is_written(tmp_path):
-    result = launch("logger=wandb", "trainer.max_steps=1", cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert "the package wandb is not installed; type pip install wandb" in result.stderr
-    assert not result.stdout
+def test_a_logger_without_its_package_is_one_line_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # to Python a package that is not there
+    code, said = in_process(monkeypatch, capsys, "logger=wandb", "trainer.max_steps=1")
+    assert code == 2
+    assert said.count("\n") == 1, said
+    assert "the package wandb is not installed; type pip install wandb" in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_weights_and_biases_is_told_of_steps_and_samples_without_a_network(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs pip install wandb, which brings too much to be asked of every test run")
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb"))
+    words = """logger=wandb logger.wandb.offline=true hydra.run.dir=run trainer.max_steps=2 trainer.log_every_n_steps=1
+        model.with_prior_preservation=false callbacks.evaluate=null callbacks.export=null callbacks.report=null
+        callbacks.sample_grid.inference_steps=1 callbacks.sample_grid.num_images_per_prompt=1"""
+    told = launch(*words.split(), cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    (stored,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"train/instance_loss" in stored.read_bytes()
+    pictures = stored.parent.glob("files/media/images/samples_*.png")
+    assert [picture.read_bytes()[:4] for picture in pictures] == [b"\x89PNG"] * 2
 
 
 @pytest.mark.parametrize(
