@@ -126,7 +126,7 @@ def _absent_package(error: BaseException | None) -> str | None:
 def explain(error: BaseException) -> str:
     """One line for an error of Hydra or OmegaConf, with the nearest right name."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return nearest.explain(error, _plain(hydra.compose("config")), groups(), CONF)
+        return nearest.explain(error, _cards((str(CONF),)), groups(), CONF)
 
 
 @cache

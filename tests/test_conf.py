@@ -47,6 +47,7 @@ def unbound(node: dict, given: int = 0) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "card"), CARDS, ids=["=".join(card) for card in CARDS])
 def test_every_card_composes_and_binds(group, card):
     cfg = composed(f"{group}={card}", *NEEDED.get(card, [PHOTOS]))

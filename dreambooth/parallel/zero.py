@@ -110,9 +110,9 @@ class ZeroLayout(Sharded):
             key, _, weight = name.partition("/")
             cut = tuple(value.shape) == self.shape(named[weight])
             for piece in self.pieces:
-                if cut:
-                    state[piece].setdefault(key, torch.zeros_like(piece, dtype=value.dtype))
-                else:
+                if cut and key not in state[piece]:  # setdefault would fill one for every parameter
+                    state[piece][key] = torch.zeros_like(piece, dtype=value.dtype)
+                elif not cut:
                     state[piece][key] = number(value) if value.dtype == torch.float64 else self.scalar(value, piece)
             if cut and self.cuts_weights:
                 safe_set_local_optimizer_state(named[weight], self.part(named[weight], value), key)
