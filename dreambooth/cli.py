@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth import config, flags, hub
+from dreambooth import config, flags, hub, slurm
 from dreambooth.errors import UserError
 from dreambooth.nearest import nearest
 from dreambooth.run_folder import is_rank_zero
@@ -52,8 +52,9 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting 1
     config.register_resolvers()
     try:
-        _refuse_others(sys.argv[1:])
-        _run()
+        with slurm.patient():
+            _refuse_others(sys.argv[1:])
+            _run()
     except config.COMPOSITION_ERRORS as error:
         _fail(config.explain(error))
     except UserError as error:

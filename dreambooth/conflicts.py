@@ -37,12 +37,16 @@ def _check_optimizer(values: Mapping[str, Any]) -> None:
     if "schedulefree" in target and values.get("model.ema.decay") is not None:
         raise UserError("model.ema.decay: a Schedule-Free optimizer averages by itself; type model.ema.decay=null")
     if target.endswith(".prodigy"):
-        if rate < 0.1:  # type: ignore[operator]
+        if rate is not None and rate < 0.1:
             raise UserError(f"model.optim.lr={rate}: Prodigy finds its rate by itself; type model.optim.lr=1")
-        if values.get("model.tuning.text_encoder_lr") is not None:
-            raise UserError(
-                "model.tuning.text_encoder_lr: Prodigy finds one rate for all; type null, or another optimizer"
-            )
+        for key in ("model.tuning.text_encoder_lr", "model.tuning.embedding_lr"):
+            if values.get(key) is not None:
+                raise UserError(f"{key}: Prodigy finds one rate for all; type {key}=null, or another optimizer")
+    if values.get("model.optim.relative_step"):
+        raise UserError(
+            "model.optim.relative_step=true: a rate that Adafactor finds cannot follow model.sched; type false and "
+            "model.learning_rate, or model/optim=prodigy"
+        )
 
 
 def _check_noise_levels(values: Mapping[str, Any]) -> None:

@@ -155,11 +155,19 @@ def _share(path: Path) -> None:
             file.chmod(0o666 & ~mask)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what ``atomic`` left in ``folder``, files or folders, when its process, on this machine, was killed."""
-    for path in folder.glob(f".*.{socket.gethostname()}-*.tmp"):
+def sweep(folder: Path, shared: bool = True) -> None:
+    """Remove what ``atomic`` left in ``folder``, files or folders, when its process was killed.
+
+    Of a ``shared`` folder only what a process of this machine left; else of any: a requeued job comes back elsewhere.
+    """
+    host = socket.gethostname()
+    for path in folder.glob(f".*.{host}-*.tmp" if shared else ".*.*-*.tmp"):
         try:
-            os.kill(int(path.stem.rpartition("-")[2]), 0)
+            number = int(path.stem.rpartition("-")[2])
+            # In a container each process may have the number of the one before it.
+            if not shared and (f".{host}-" not in path.name or number == os.getpid()):
+                raise ProcessLookupError
+            os.kill(number, 0)
         except ProcessLookupError:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -132,6 +132,11 @@ def find_model(cfg: DictConfig) -> Model:
             return Model(model.from_pretrained, model.data.resolution, beside, **base)
         if whole:
             return Model(str(folder / "pipeline"), model.data.resolution, given)
+        if own.is_dir():
+            raise UserError(
+                f"infer.adapter: infer.model={source} has an adapter of its own; type "
+                f"infer.model={model.from_pretrained}, or leave one of the two out"
+            )
         raise UserError(
             f"infer.model={source} is a run without pipeline/ or adapter/: let its training end, "
             "the same command goes on"

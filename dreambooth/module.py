@@ -70,7 +70,7 @@ class DreamBoothModule(pl.LightningModule):
         self.family, self.objective, self.weighting = family, objective, weighting
         self.tuning, self.learned = tuning, tuning.learned
         self.resting = Reader(family)  # of a text encoder that learns no longer
-        self.stopped = False
+        self.stopped_at: int | None = None  # the step before which the text encoder was frozen
         self.teacher = Teacher(tuning) if prior == "teacher" else None
         self.optim, self.sched = optim, sched
         self.prior_loss_weight, self.noise_offset, self.seed = prior_loss_weight, noise_offset, seed
@@ -132,7 +132,7 @@ class DreamBoothModule(pl.LightningModule):
 
     def read(self, prompts: list[str]) -> dict[str, Tensor]:
         """Conditions (B, …) of prompts: each distinct one is read once a batch, or once for all when none learns."""
-        if self.stopped:
+        if self.stopped_at is not None:
             return self.resting(prompts, self.device)
         distinct = list(dict.fromkeys(prompts))
         rows = self.send(torch.tensor([distinct.index(prompt) for prompt in prompts]))
@@ -140,15 +140,18 @@ class DreamBoothModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """From step ``tuning.stop_text_encoder_at`` on the text encoder is frozen, and read once a prompt."""
-        if self.stopped or not self.tuning.stops_text(batch["step"], self.trainer.max_steps):
+        if self.stopped_at is not None or not self.tuning.stops_text(batch["step"], self.trainer.max_steps):
             return
-        self.stopped = True
+        self.stopped_at = batch["step"]
+        self.layout.end_averages()
         for weight in self.tuning.stop_text():
             weight.grad = None
             for optimizer in self.trainer.optimizers:
                 optimizer.state.pop(weight, None)
         if isinstance(self.trainer.strategy, DDPStrategy):  # would wait for the gradients of all that learned at first
             self.trainer.strategy.model = self
+            # Buffers are the same everywhere, and those of the text encoder now lie where NCCL cannot send from.
+            self.trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
             self.trainer.strategy.configure_ddp()
 
     def configure_model(self) -> None:

@@ -131,7 +131,11 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         "model.data.sampler.guidance_rescale callbacks.sample_grid.guidance_rescale infer.guidance_rescale "
         "evaluate.guidance_rescale",
     ),
-    ("at least 0 and below 1", lambda value: 0 <= value < 1, "model.data.caption_dropout model.data.mask_floor"),
+    (
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+        "model.data.caption_dropout model.data.mask_floor model.tuning.dropout",
+    ),
     (
         "made of words, {caption}, {prompt} and {name}",
         lambda value: (
@@ -152,6 +156,9 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
     ),
 ]
 PATHS = re.compile(r"name|.*(_dir|_path|\.(from_pretrained|folder|model|adapter|photos|images))")  # "" would mean "."
+# What may be left out with ~: a class or function then has its own default.
+DELETABLE = tuple(f"model.{name}" for name in ("optim", "tuning", "loss", "weighting", "objective", "family"))
+DELETABLE += ("callbacks", "logger", "metrics")
 OPEN = ("callbacks", "logger", "metrics.encoders")  # nodes of one's own may be added there
 
 
@@ -201,6 +208,13 @@ def _walk(value: Any, card: Any, key: str, values: dict[str, Any], source: str, 
     if not isinstance(value, dict):
         raise UserError(f"{key}={value}: {key} holds keys; a card is picked with {key.replace('.', '/')}={value}")
     swapped = value.get("_target_") != card.get("_target_")
+    if (
+        not swapped
+        and not key.startswith(DELETABLE)
+        and (gone := next((name for name in card if name not in value), ""))
+    ):
+        full = f"{key}.{gone}" if key else str(gone)
+        raise UserError(f"~{full}: it cannot be left out; type a value, such as {full}={card[gone]}")
     for name, child in value.items():
         full = f"{key}.{name}" if key else str(name)
         if name in card:

@@ -59,6 +59,7 @@ IRRELEVANT = (
     "trainer.log_every_n_steps=*",
 )
 GOALS = ("trainer.max_steps", "trainer.max_epochs")  # may be raised in a folder that exists
+STOPS = tuple(f"callbacks.evaluate.{name}" for name in ("patience", "max_drift", "target"))  # may be changed there, too
 # May differ in a folder that exists: how the ranks share the work. Its sum, the global batch, is in the checkpoints.
 SHARING = (
     "trainer.accelerator",
@@ -164,7 +165,8 @@ def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     changed = _changes(_read_config(folder), OmegaConf.to_container(cfg, resolve=True))
     raised = {key for key in GOALS if key in changed and _is_raise(*changed[key])}
     shared = {key for key in changed if any(fnmatchcase(key, pattern) for pattern in SHARING)}
-    refused = {key: values for key, values in changed.items() if key not in raised | shared}
+    loosened = changed.keys() & set(STOPS)
+    refused = {key: values for key, values in changed.items() if key not in raised | shared | loosened}
     if refused and _trained(folder):
         shown = "; ".join(f"{key} {old} → {new}" for key, (old, new) in list(refused.items())[:6])
         more = f" and {len(refused) - 6} more" if len(refused) > 6 else ""
@@ -174,12 +176,11 @@ def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         )
     if not raised and not refused and (folder / SUMMARY).exists():
         summary = json.loads((folder / SUMMARY).read_text())
-        log.info(
-            "%s is finished (%s steps): to train on, type hydra.run.dir=%s and a higher trainer.max_steps; "
-            "to begin afresh beside it, resume=false",
-            *(folder, summary["steps"], folder),
-        )
-        return dict(summary)
+        more = " ".join(f"{key}=null" for key in STOPS) if summary.get("stopped") else "a higher trainer.max_steps"
+        if not (loosened and summary.get("stopped")):
+            told = "%s is finished (%s steps): to train on, type hydra.run.dir=%s and %s; to begin afresh, resume=false"
+            log.info(told, folder, summary["steps"], folder, more)
+            return dict(summary)
     if is_rank_zero() and not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"the run folder {folder} cannot be written: make it writable, or set hydra.run.dir=DIR")
     return None

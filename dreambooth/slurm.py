@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 # "Go on later": USR1 is what docs/slurm.md has sbatch send, USR2 what submitit does. TERM is not among them: scancel
 # sends it, and a job that somebody cancelled is not to come back.
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2) if hasattr(signal, "SIGUSR1") else ()
+PATIENCE = 10.0  # seconds that a rank gives the first one to requeue the job, before it leaves and is missed
+_asked: list[bool] = []  # whether this process has asked to be requeued
+_early: list[int] = []  # signals that came before anything could answer them
 
 
 def in_job() -> bool:
@@ -39,6 +43,9 @@ def job_id() -> str:
 
 def requeue() -> None:
     """Put this job back into the queue; call it on the first rank. SLURM ends all its processes thereupon."""
+    if _asked:
+        return
+    _asked.append(True)
     scontrol = shutil.which("scontrol")
     if scontrol is None:
         log.warning("scontrol is not here, so job %s was not requeued: submit it again to go on", job_id())
@@ -51,9 +58,36 @@ def requeue() -> None:
         log.info("requeued job %s", job_id())
 
 
+class Requeued(SystemExit):
+    """The end of a process that is to go on later; the first rank has asked for it, or is to ask."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """For the whole of a command in a job: a signal that means "go on later" never kills it between two places.
+
+    One that comes before ``requeued`` waits for it. One that comes when all is done is not heard any more: the process
+    would end as a failed one while Python clears up.
+    """
+    if not (in_job() and threading.current_thread() is threading.main_thread()):
+        yield
+        return
+    _early.clear()
+    for sign in REQUEUE_SIGNALS:
+        signal.signal(sign, lambda sign, _: _early.append(sign))
+    try:
+        yield
+    finally:
+        for sign in REQUEUE_SIGNALS:
+            signal.signal(sign, signal.SIG_IGN)
+
+
 @contextmanager
 def requeued(wanted: bool) -> Iterator[None]:
-    """Within, a signal that means "go on later" requeues the job and ends this process with SystemExit(143), at once.
+    """Within, a signal that means "go on later" requeues the job and ends this process with ``Requeued``, at once.
 
     That loses nothing wherever every file is whole at every moment, which is everywhere but between the steps of a
     training; there ``callbacks.preemption`` takes the signals over.
@@ -65,10 +99,14 @@ def requeued(wanted: bool) -> Iterator[None]:
     def end(*_: object) -> None:
         if is_rank_zero():
             requeue()
-        raise SystemExit(143)
+        else:  # a rank that leaves may have srun end the first one before that has asked
+            time.sleep(PATIENCE)
+        raise Requeued
 
     before = {sign: signal.signal(sign, end) for sign in REQUEUE_SIGNALS}
     try:
+        if _early:
+            end()
         yield
     finally:
         for sign, handler in before.items():
@@ -78,7 +116,7 @@ def requeued(wanted: bool) -> Iterator[None]:
 def check(cfg: Any) -> None:
     """Raise UserError when the trainer wants other processes than SLURM started; Lightning would wait for the rest."""
     env = os.environ
-    if not launched_by_srun() or cfg.task not in ("train", "prepare"):
+    if not launched_by_srun() or "TORCHELASTIC_RUN_ID" in env or cfg.task not in ("train", "prepare"):
         return
     tasks, nodes = int(env["SLURM_NTASKS"]), env.get("SLURM_NNODES", "1")
     per_node = env.get("SLURM_NTASKS_PER_NODE")

@@ -16,7 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ProgressBar
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from dreambooth import slurm
 from dreambooth.callbacks.checkpoint import FOLDER, Checkpoint, newest
@@ -139,13 +139,15 @@ def make_callbacks(cfg: DictConfig) -> list[pl.Callback]:
 
 def requeues(cfg: DictConfig) -> bool:
     """Whether a SLURM job that is told to go on later puts itself back into the queue."""
-    return cfg.callbacks.preemption is not None and cfg.callbacks.preemption.requeue
+    preemption = cfg.callbacks.get("preemption")
+    return preemption is not None and preemption.requeue
 
 
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], max_steps: int) -> pl.Trainer:
     """Lightning's Trainer, counting optimizer steps: the stream of pictures has no epochs of its own."""
     # Lightning's own requeueing saves inside the signal handler, anywhere in a step, where no resume looks for it.
-    under_slurm = {"plugins": [SLURMEnvironment(auto_requeue=False)]} if SLURMEnvironment.detect() else {}
+    by_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    under_slurm = {"plugins": [SLURMEnvironment(auto_requeue=False)]} if by_srun else {}
     return build(
         cfg.trainer,
         max_steps=max_steps,

@@ -144,7 +144,8 @@ def test_bad_input_is_one_line(words, complaint, tmp_path, monkeypatch):
     [
         ({}, (0, 1)),
         ({"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, (3, 4)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),  # a script without srun
         ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3"}, (2, 3)),
         (
             {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
@@ -160,6 +161,13 @@ def test_subjects_are_dealt_out(env, expected, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert share() == expected
+
+
+def test_an_array_with_gaps_is_refused(monkeypatch):
+    for name, value in {"ID": "3", "MIN": "0", "MAX": "3", "COUNT": "3", "STEP": "1"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    with pytest.raises(UserError, match="gaps"):
+        share()
 
 
 @pytest.mark.parametrize(

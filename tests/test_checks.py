@@ -34,7 +34,11 @@ class Own(Full):
         (["strategy=fsdp", "trainer.precision=16-mixed"], 0, ["16-mixed", "fsdp", "bf16-mixed"]),
         (["strategy=deepspeed_2", "trainer.precision=16-mixed"], 2, ["16-mixed", "bf16-mixed"]),
         (["strategy=fsdp", "model/optim=adafactor"], 0, ["model.optim", "strategy=fsdp", "model/optim=adamw"]),
-        (["strategy=fsdp", "model.tuning._target_=tests.test_checks.Own"], 0, ["model/tuning", "Own", "full or lora"]),
+        (
+            ["strategy=fsdp", "model.tuning._target_=tests.test_checks.Own"],
+            0,
+            ["Own", "one of the cards"],
+        ),
         (["strategy=fsdp_hybrid", "model/tuning=pivotal"], 0, ["model.tuning.embedding_steps=null", "strategy=ddp"]),
         (["strategy=deepspeed_3", "model.prior=teacher"], 2, ["model.prior=teacher", "model/tuning=lora"]),
         (

@@ -17,6 +17,7 @@ from dreambooth.generation import generate
 from dreambooth.metrics.measure import pictures_of, read_scores, table
 from dreambooth.picture_files import TEXT_CHUNK
 from dreambooth.pocket import SUBJECTS
+from dreambooth.run_folder import open_run
 from dreambooth.tasks import RunResult
 from tests.tiny import short_run
 
@@ -229,6 +230,29 @@ def test_a_resumed_run_has_the_curves_of_an_unbroken_one(finished, tiny_sd, tmp_
     assert [row for row in curves(result.folder) if row["step"] != "3"] == curves(finished.folder)
     if 3 < result.summary["best_step"] == finished.summary["best_step"]:  # no picture of the shorter goal is left
         assert result.summary["metrics"] == finished.summary["metrics"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_its_first_checkpoint_measures_the_base_once(finished, tiny_sd, tmp_path):
+    words = [*settings(tiny_sd, tmp_path / "run"), "model.ema.decay=0.9"]
+    begun = tmp_path / "run"
+    shutil.copytree(finished.folder / "evaluation" / "before", begun / "evaluation" / "before")
+    (begun / "curves.csv").write_text(
+        "".join((finished.folder / "curves.csv").read_text().splitlines(keepends=True)[:2])
+    )
+    open_run(compose([*words, "trainer.max_steps=5"]), begun)
+    result = train(compose([*words, "trainer.max_steps=5"]))
+    assert curves(result.folder) == curves(finished.folder)
+
+
+@pytest.mark.slow
+def test_a_run_that_stopped_goes_on_when_nothing_is_to_stop_it(tiny_sd, tmp_path):
+    words = [*settings(tiny_sd, tmp_path / "run"), "trainer.max_steps=8", "model.optim.lr=1e-9"]
+    stopped = train(compose([*words, "callbacks.evaluate.patience=2"]))
+    assert (stopped.summary["steps"], "stopped" in stopped.summary) == (6, True)
+    longer = train(compose([*words, "callbacks.evaluate.patience=null"]))
+    assert (longer.summary["steps"], longer.summary["resumed_from"]) == (8, 6)
+    assert longer.summary.get("stopped") is None
 
 
 @pytest.mark.slow

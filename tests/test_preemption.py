@@ -131,6 +131,37 @@ def test_other_processes_than_slurm_started_are_refused(variables, overrides, wo
         compose(overrides)
 
 
+def test_a_signal_before_there_is_anything_to_save_waits_and_one_after_the_end_is_not_heard(
+    tmp_path: Path, monkeypatch
+) -> None:
+    batch_job(monkeypatch, PROCID="0")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/told\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "_asked", [])
+    before = {sign: signal.getsignal(sign) for sign in slurm.REQUEUE_SIGNALS}
+    reached: list[str] = []
+
+    def command() -> None:
+        with slurm.patient():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            reached.append("before")
+            with slurm.requeued(True):
+                reached.append("within")
+
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            command()
+        os.kill(os.getpid(), signal.SIGUSR1)  # would end this very process
+        with slurm.patient(), slurm.requeued(True):
+            reached.append("again")
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+    assert reached == ["before", "again"]
+    assert (tmp_path / "told").read_text() == "requeue 71\n"
+
+
 def test_requeueing_is_asked_of_slurm_once_and_only_by_the_first_rank(tmp_path: Path, monkeypatch, caplog) -> None:
     """Outside the steps USR1 acts at once; scontrol is a program that writes down what it was told."""
     batch_job(monkeypatch, NTASKS="1", NNODES="1", ARRAY_JOB_ID="70", ARRAY_TASK_ID="3", PROCID="0")
@@ -139,11 +170,14 @@ def test_requeueing_is_asked_of_slurm_once_and_only_by_the_first_rank(tmp_path: 
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert threading.current_thread() is threading.main_thread()
+    monkeypatch.setattr(slurm, "PATIENCE", 0)
+    monkeypatch.setattr(slurm, "_asked", [])
     for rank, wanted in (("0", True), ("1", True)):
         monkeypatch.setenv("SLURM_PROCID", rank)
         with pytest.raises(SystemExit, match="143"), slurm.requeued(wanted):
             os.kill(os.getpid(), signal.SIGUSR1)
     assert (tmp_path / "told").read_text() == "requeue 70_3\n"
+    monkeypatch.setattr(slurm, "_asked", [])
     scontrol.write_text("#!/bin/sh\necho 'Requeue disabled' >&2; exit 1\n")
     slurm.requeue()
     assert "job 70_3 was not requeued (Requeue disabled): submit it again" in caplog.text

@@ -248,12 +248,27 @@ def test_a_text_encoder_that_stops(name: str, tiny_sd: Path, tmp_path: Path) -> 
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
     assert all(torch.equal(*pair) for pair in zip(text(whole), online.weights, strict=True))
     assert len(whole.resting.known) == 2
+    averages = dict(zip(whole.tuning.weights(), whole.ema, strict=True))
+    for key, weight in whole.tuning.weights().items():  # the rest learned beside the weights that stay, not an average
+        assert torch.equal(averages[key], weight) == key.startswith("text_encoder"), key
     for step in (1, 2, 3):
         resumed, moments = make(), Moments()
         path = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
         run(resumed, 5, callbacks=[Ema(0.5), moments], resume=path)
         assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items()), step
         assert moments.kept == [number < 2 for number in range(step, 5)]
+
+
+@pytest.mark.slow
+def test_what_was_frozen_after_a_share_of_the_steps_stays_so_when_there_are_more(tiny_sd: Path, tmp_path: Path) -> None:
+    make = partial(module_of, tiny_sd, tuning=partial(LORA, stop_text_encoder_at=0.5), text=True, optim=PLAIN)
+    whole, longer = make(), make()
+    run(whole, 4, callbacks=[Checkpoint(1, -1)], default_root_dir=tmp_path)
+    run(longer, 8, resume=tmp_path / "checkpoints/step_000003.ckpt")
+    assert (whole.stopped_at, longer.stopped_at) == (2, 3)
+    same = {key: torch.equal(value, longer.state_dict()[key]) for key, value in whole.state_dict().items()}
+    assert {key.split(".")[1] for key, equal in same.items() if equal} == {"text_encoder"}
+    assert {key.split(".")[1] for key, equal in same.items() if not equal} == {"unet"}
 
 
 def test_dropout_of_an_adapter_is_a_function_of_the_step(tiny_sd: Path, tmp_path: Path) -> None:

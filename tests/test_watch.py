@@ -13,7 +13,7 @@ import psutil
 import pytest
 import pytorch_lightning as pl
 
-from dreambooth import compose
+from dreambooth import compose, slurm
 from dreambooth.parallel.watch import watching
 from dreambooth.tasks import prepare
 from tests.processes import FORK_WARNING, start
@@ -98,14 +98,20 @@ def test_a_rank_that_dies_ends_the_others(
     assert not (parts / "run").exists()
 
 
-def run_rank(folder: Path, rank: int, port: int) -> None:
-    """One of two ranks, in the environment that torchrun gives it: the second fails, the first is busy for long."""
+def two_of(folder: Path, rank: int, port: int) -> pl.Trainer:
+    """The trainer of one of two ranks, in the environment that torchrun gives it."""
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stderr = (folder / f"err{rank}").open("w")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     two = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", default_root_dir=folder, **quiet)
     two.strategy.setup_environment()
+    return two
+
+
+def run_rank(folder: Path, rank: int, port: int) -> None:
+    """One of two ranks: the second fails, the first is busy for long."""
+    two = two_of(folder, rank, port)
     for _ in range(50):  # one may begin anew while the other clears up
         with watching(two):
             two.strategy.barrier()
@@ -114,6 +120,30 @@ def run_rank(folder: Path, rank: int, port: int) -> None:
         if rank == 1:
             raise RuntimeError("no space left")
         time.sleep(100)
+
+
+def run_told(folder: Path, rank: int, port: int) -> None:
+    """One of two ranks: the second is told to go on later, the first waits for it where no signal is heard."""
+    two = two_of(folder, rank, port)
+    os.environ |= {"SLURM_JOB_ID": "71", "SLURM_JOB_NAME": "train", "PATH": f"{folder}:{os.environ['PATH']}"}
+    slurm.PATIENCE = 2.0
+    with slurm.requeued(True), watching(two):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        two.strategy.barrier()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(FORK_WARNING)
+def test_a_rank_that_is_told_to_go_on_later_has_the_first_one_ask_for_it(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/told\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    port = random.SystemRandom().randint(20000, 60000)
+    both = [start(run_told, tmp_path, rank, port) for rank in range(2)]
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [143, 143]
+    assert (tmp_path / "told").read_text() == "requeue 71\n"
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ GROUP = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "NODE_RANK",
+    "TORCHELASTIC_RUN_ID",
 )
 SLURM = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NAME")
 
@@ -52,7 +53,7 @@ def benchmark(cfg: DictConfig) -> Benchmark:
     for a subject.
     """
     refuse_groups(cfg.trainer)
-    if cfg.callbacks.evaluate is None:
+    if cfg.callbacks.get("evaluate") is None:
         raise UserError("callbacks.evaluate is null: task=benchmark measures; type callbacks/evaluate=default")
     tasks, folder = tasks_of(cfg.benchmark), Path(cfg.run_dir)
     shard, count = share()
@@ -95,14 +96,19 @@ def refuse_groups(trainer: Any) -> None:
 def share() -> tuple[int, int]:
     """Which of how many equal shares this process has: ranks of a launcher, times the tasks of a SLURM array."""
     env = os.environ
+    by_srun = "SLURM_STEP_ID" in env  # without srun the tasks of a job are only announced
     rank, world = (
-        int(env.get(a, env.get(b, c)))
+        int(env.get(a, env.get(b, c) if by_srun else c))
         for a, b, c in (("RANK", "SLURM_PROCID", "0"), ("WORLD_SIZE", "SLURM_NTASKS", "1"))
     )
-    first = int(env.get("SLURM_ARRAY_TASK_MIN", 0))
-    step = int(env.get("SLURM_ARRAY_TASK_STEP", 1))
+    first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
+    count = int(env.get("SLURM_ARRAY_TASK_COUNT", 1))
+    if int(env.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step)) != first + (count - 1) * step:
+        raise UserError(
+            "sbatch --array has gaps, so subjects would be left out: type all of it again, finished subjects are kept"
+        )
     place = (int(env.get("SLURM_ARRAY_TASK_ID", first)) - first) // step
-    return place * world + rank, int(env.get("SLURM_ARRAY_TASK_COUNT", 1)) * world
+    return place * world + rank, count * world
 
 
 def take_one_gpu() -> None:

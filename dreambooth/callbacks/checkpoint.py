@@ -28,7 +28,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
-            sweep(Path(trainer.default_root_dir) / FOLDER)
+            sweep(Path(trainer.default_root_dir) / FOLDER, shared=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.saved = trainer.global_step
@@ -48,7 +48,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
         folder = Path(trainer.default_root_dir) / FOLDER
         save(trainer, trainer.lightning_module, folder / f"step_{self.saved:06d}.ckpt")
         if self.save_last_k > 0 and trainer.is_global_zero:
-            for old in checkpoints(folder)[: -self.save_last_k]:
+            # A newer one is damaged, or this run would have gone on from it: never in the place of this one.
+            own = [path for path in checkpoints(folder) if int(path.stem[5:]) <= self.saved]
+            for old in own[: -self.save_last_k]:
                 old.unlink()
 
 

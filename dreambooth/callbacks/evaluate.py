@@ -72,7 +72,8 @@ class Evaluate(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._read(trainer)
         if trainer.global_step == 0:
-            self._measure(trainer, pl_module)
+            if not self.tradeoff.rows:  # else a run that was killed before its first checkpoint has measured the base
+                self._measure(trainer, pl_module)
             self._draw_set(trainer, pl_module, "before")
         self._stop_if_told(trainer)
 

@@ -23,6 +23,7 @@ def save(trainer: Any, module: Any, path: Path) -> None:
         "global_step": trainer.global_step,
         "world": trainer.world_size,
         "global_size": global_size(trainer),
+        "text_stopped_at": module.stopped_at,
         "strategy": type(trainer.strategy).__name__,
         "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "groups": module.layout.groups(),
@@ -73,6 +74,8 @@ def load(trainer: Any, module: Any, path: Path) -> None:
     module.layout.set_states(tensors.read(path, "optimizer/"), notes["groups"])
     for config, state in zip(trainer.lr_scheduler_configs, notes["schedules"], strict=True):
         config.scheduler.load_state_dict(state)
+    if (stopped := notes.get("text_stopped_at")) is not None:  # a share of all steps, of which there may be more now
+        module.tuning.stop_text_encoder_at = stopped
     if trainer.datamodule is not None:
         trainer.datamodule.load_state_dict(notes["data"])
     trainer.precision_plugin.load_state_dict(notes["precision"])

@@ -36,7 +36,7 @@ def check_cut(cfg: DictConfig, strategy: str) -> None:
     if not getattr(tuning, "may_be_cut", False):
         raise UserError(
             f"model/tuning: {strategy} gives each rank a part of a weight, of which {tuning.__name__} knows nothing; "
-            "type model/tuning=full or lora, or strategy=ddp"
+            "type one of the cards of model/tuning, or strategy=ddp"
         )
     if model.prior == "teacher" and (
         not tuning.separate or tuning.always_text or model.tuning.get("train_text_encoder", False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.parallel.tensors import Entry
-from dreambooth.tuning.base import swapped
+from dreambooth.tuning.base import TEXT, swapped
 
 # Settings of an optimizer's group that belong to the strategy and not to the run.
 FIXED = ("params", "fused", "foreach", "capturable", "differentiable")
@@ -104,6 +104,15 @@ class Layout:
         pairs = zip(self.module.ema, self.named().values(), strict=True)
         averages, weights = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
         torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
+
+    @torch.no_grad()
+    def end_averages(self) -> None:
+        """Before a text encoder is frozen: from here on all that learns knows it as it is, not as it was on average."""
+        if self.module.ema is None:
+            return
+        for average, (name, weight) in zip(self.module.ema, self.named().items(), strict=True):
+            if name.startswith(TEXT):
+                average.copy_(weight)
 
     @torch.no_grad()
     def set_weights(self, values: dict[str, Tensor], averages: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Tensors by name in one safetensors file, written one at a time, so that nobody holds them all."""
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ def write(path: Path, entries: list[Entry], notes: dict[str, Any]) -> None:
             if tuple(value.shape) != entry.shape:
                 raise RuntimeError(f"{entry.name} is {tuple(value.shape)}, announced as {entry.shape}")
             file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it is renamed, and an older one is removed
 
 
 def take_part(entries: Iterable[Entry]) -> None:

@@ -25,13 +25,19 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
+from dreambooth import slurm
 from dreambooth.errors import UserError
 
 log = logging.getLogger(__name__)
 
 LOGS = "ranks"  # in the run folder, for as long as the ranks are watched
 CONNECT = 30.0  # seconds
-GRACE = {130: 30.0, 143: 30.0}  # a rank that was told to stop: the others were, too, and end by themselves
+REQUEUE = 75  # in the place of an exit code: the job is to go on later, and the first rank has to ask for it
+GRACE = {
+    130: 30.0,
+    143: 30.0,
+    REQUEUE: 0.0,
+}  # a rank that was told to stop: the others were, too, and end by themselves
 # After so many seconds without an answer a machine is gone; an idle connection's own limit is two hours.
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
@@ -164,10 +170,13 @@ class Watch:
                 time.sleep(1)
         told = {KeyboardInterrupt: 130, UserError: 2}.get(type(error), 1)
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else told
+        code = REQUEUE if isinstance(error, slurm.Requeued) else code
         with suppress(OSError), self.log.open("a") as file:
             file.write("".join(traceback.format_exception(error)))
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         self.say(code or 1, f"{self.me.name} ended with {why}; its log is {self.log}")
+        if code == REQUEUE and self.rank:
+            time.sleep(slurm.PATIENCE)  # the first rank may wait for this one where no signal reaches it: it asks now
 
     def listen(self) -> None:
         """Wait for what the others say, or for their end, until this rank is through."""
@@ -203,12 +212,15 @@ class Watch:
         """End this process at once, even in a collective: every file is whole at every moment."""
         if self.over:
             return
-        if self.speaks:
+        if code == REQUEUE:
+            if self.rank == 0:
+                slurm.requeue()
+        elif self.speaks:
             text = f"dreambooth: {line}; the same command goes on with the files that are there"
             print(text, file=sys.stderr, flush=True)
         self.say(code, line)
         sys.stdout.flush()
-        os._exit(code)
+        os._exit(143 if code == REQUEUE else code)
 
 
 def listen() -> socket.socket:
