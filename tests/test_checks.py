@@ -34,7 +34,11 @@ class Own(Full):
         (["trainer.strategy=fsdp"], 0, ["trainer.strategy=fsdp", "type strategy=fsdp"]),
         (["trainer.strategy=fsdp_cpu_offload"], 0, ["type strategy=fsdp"]),
         (["trainer.strategy=deepspeed"], 2, ["type strategy=deepspeed_2"]),
-        (["trainer.strategy=deepspeed_stage_2"], 2, ["trainer.strategy=deepspeed_stage_2", "type strategy=deepspeed_2"]),
+        (
+            ["trainer.strategy=deepspeed_stage_2"],
+            2,
+            ["trainer.strategy=deepspeed_stage_2", "type strategy=deepspeed_2"],
+        ),
         (["trainer.strategy=deepspeed_stage_3_offload_nvme"], 2, ["type strategy=deepspeed_3_offload"]),
         (["trainer.strategy=ddp_spawn"], 0, ["trainer.strategy=ddp_spawn", "type strategy=ddp"]),
         (["strategy=fsdp", "trainer.precision=16-mixed"], 0, ["16-mixed", "fsdp", "bf16-mixed"]),
