@@ -61,6 +61,8 @@ def main() -> None:
         _fail(error)
     except OSError as error:  # Hydra makes the run folder before the task begins
         _fail(f"cannot write the run folder {error.filename}: {error.strerror}; choose another with hydra.run.dir=DIR")
+    except KeyboardInterrupt:  # a launcher waits, or Hydra composes
+        sys.exit(130)
     except Exception as error:
         if (refused := submission(error)) is None:
             raise

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +29,10 @@ from dreambooth.config import COMPOSITION_ERRORS
 from dreambooth.errors import UserError
 from dreambooth.run_folder import is_rank_zero
 from dreambooth.slurm import device_count, launched_by_srun
+from dreambooth.submitted import Dead, outlast
 
 RECORDS = ".sweep"  # in the sweep's folder while it lasts: a file for each job, whichever machine it ran on
+NO_END = "did not end"  # the error of a job while it runs
 MEASURED = ("train", "benchmark")
 # What decides whether a job can start; of what else is swept, one value stands for all.
 DECISIVE = (
@@ -66,10 +69,12 @@ class SweepTable(Callback):
         logging.getLogger("submitit").setLevel(logging.ERROR)
         if is_rank_zero():
             shutil.rmtree(Path(config.hydra.sweep.dir) / RECORDS, ignore_errors=True)
+        if submits(config.hydra):
+            outlast(partial(_bury, Path(config.hydra.sweep.dir).absolute() / RECORDS, str(config.task)))
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if is_sweep(config.hydra):
-            _record(config, Outcome(config.hydra.runtime.output_dir, "did not end"))
+            _record(config, Outcome(config.hydra.runtime.output_dir, NO_END))
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         if is_sweep(config.hydra) and job_return.status == JobStatus.COMPLETED:
@@ -161,9 +166,6 @@ def _record(config: DictConfig, outcome: Outcome) -> None:
     """Keep what is known of a job for the end of the sweep, on its first rank."""
     if not is_rank_zero():
         return
-    number = int(config.hydra.job.num)
-    folder = Path(config.hydra.sweep.dir).absolute() / RECORDS
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "task": str(config.task),
         "overrides": list(config.hydra.overrides.task),
@@ -171,6 +173,22 @@ def _record(config: DictConfig, outcome: Outcome) -> None:
         "error": outcome.error,
         "code": outcome.code,
     }
+    _write(Path(config.hydra.sweep.dir).absolute() / RECORDS, int(config.hydra.job.num), content)
+
+
+def _bury(folder: Path, task: str, dead: Dead) -> None:
+    """Say that a submitted job died and make it a record, unless its first rank has said by itself how it ended."""
+    path = folder / f"{dead.number:06d}.json"
+    found = {"task": task, "overrides": dead.overrides, "folder": str(dead.logs), "error": NO_END}
+    if path.exists():
+        found = json.loads(path.read_text())
+    if found["error"] == NO_END:
+        print(f"dreambooth: job {dead.number} of the sweep: {dead.error}", file=sys.stderr)
+        _write(folder, dead.number, found | {"error": dead.error, "code": dead.code})
+
+
+def _write(folder: Path, number: int, content: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{number:06d}.tmp"
     temporary.write_text(json.dumps(content))
     temporary.rename(folder / f"{number:06d}.json")

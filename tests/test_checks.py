@@ -31,6 +31,16 @@ class Own(Full):
         (["trainer.devices=6400"], 0, ["trainer.devices=6400", "CPUs", "or fewer"]),
         (["trainer.devices=6400", "trainer.accelerator=cpu"], 2, ["trainer.devices=6400", "CPUs"]),
         (["trainer.num_nodes=2"], 0, ["trainer.num_nodes=2", "srun", "torchrun --nnodes", "MASTER_ADDR"]),
+        (["trainer.strategy=fsdp"], 0, ["trainer.strategy=fsdp", "type strategy=fsdp"]),
+        (["trainer.strategy=fsdp_cpu_offload"], 0, ["type strategy=fsdp"]),
+        (["trainer.strategy=deepspeed"], 2, ["type strategy=deepspeed_2"]),
+        (
+            ["trainer.strategy=deepspeed_stage_2"],
+            2,
+            ["trainer.strategy=deepspeed_stage_2", "type strategy=deepspeed_2"],
+        ),
+        (["trainer.strategy=deepspeed_stage_3_offload_nvme"], 2, ["type strategy=deepspeed_3_offload"]),
+        (["trainer.strategy=ddp_spawn"], 0, ["trainer.strategy=ddp_spawn", "type strategy=ddp"]),
         (["strategy=fsdp", "trainer.precision=16-mixed"], 0, ["16-mixed", "fsdp", "bf16-mixed"]),
         (["strategy=deepspeed_2", "trainer.precision=16-mixed"], 2, ["16-mixed", "bf16-mixed"]),
         (["strategy=fsdp", "model/optim=adafactor"], 0, ["model.optim", "strategy=fsdp", "model/optim=adamw"]),
@@ -81,6 +91,11 @@ def test_what_cannot_be_done(
 )
 def test_what_a_strategy_that_cuts_knows(words: str) -> None:
     checks.check(compose(["strategy=fsdp", *f"model/tuning={words}".split(), "trainer.accelerator=cpu"]))
+
+
+@pytest.mark.parametrize("name", checks.WHOLE)
+def test_strategies_that_a_name_is_enough_for(name: str) -> None:
+    checks.check(compose([f"trainer.strategy={name}", "trainer.accelerator=cpu"]))
 
 
 @pytest.mark.parametrize(("gpus", "devices"), [(0, "2"), (8, "'0,7'"), (8, "auto"), (8, "-1"), (2, "[0,1]")])

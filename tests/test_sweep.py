@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import MissingConfigException
 
 from dreambooth import cli, nearest
@@ -157,6 +159,73 @@ def test_what_sbatch_refuses_is_one_line(sweep, tmp_path: Path, monkeypatch) -> 
     assert line.startswith(
         "dreambooth: hydra/launcher=slurm: sbatch: error: invalid partition: nope; see hydra.launcher."
     )
+
+
+@pytest.fixture
+def died(sweep, tmp_path: Path, monkeypatch):
+    """Type a sweep of two jobs of which SLURM says, after the first has ended well, that the second ran out of memory.
+
+    It may be given what the second one wrote on stderr and the state it is in.
+    """
+    job = pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"').Job
+    monkeypatch.setattr(job, "results", job.results)  # as it was, after the test
+    monkeypatch.setattr(job, "_results_timeout_s", 0)
+    logs = tmp_path / "outputs" / "dead" / ".submitit"
+    for place in ("77_0", "77_1"):
+        (logs / place).mkdir(parents=True)
+    ended = ("success", JobReturn(status=JobStatus.COMPLETED))
+    (logs / "77_0" / "77_0_0_result.pkl").write_bytes(pickle.dumps(ended))
+    run = make_run(tmp_path / "one", lr=2e-4)
+    (tmp_path / "0.json").write_text(json.dumps(record(run, "seed=1")))
+
+    def typed(stderr: str = "", state: str = "OUT_OF_MEMORY") -> tuple[int, str, str]:
+        (logs / "77_1" / "77_1_1_log.err").write_text(stderr)
+        records = tmp_path / "outputs" / "dead" / ".sweep"
+        programs = {
+            "srun": "exit 0",
+            "sbatch": f"mkdir {records}; cp {tmp_path}/0.json {records}/000000.json; echo Submitted batch job 77",
+            "sacct": f"echo 'JobID|State'; echo '77_0|COMPLETED'; echo '77_1|{state}'",
+        }
+        for name, text in programs.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return sweep("hydra/launcher=slurm", "name=dead", "seed=1,2")
+
+    return typed
+
+
+def test_a_submitted_job_that_dies_is_a_row_and_the_sweep_ends_with_its_table(died, tmp_path: Path) -> None:
+    code, out, err = died("slurmstepd: error: Detected 1 oom_kill event\n")
+    folder = tmp_path / "outputs" / "dead"
+    assert (code, "Traceback" in err, out.splitlines()[-1]) == (1, False, str(folder / "sweep.md")), err
+    line = f"did not end (OUT_OF_MEMORY); its logs lie in {folder}/.submitit/77_1"
+    assert [text for text in err.splitlines() if text.startswith("dreambooth: ")] == [
+        f"dreambooth: job 1 of the sweep: {line}",
+        "dreambooth: 1 of 2 jobs of the sweep failed",
+    ]
+    rows = rows_of(folder / "sweep.csv")
+    assert [(row["seed"], row["error"]) for row in rows] == [("1", ""), ("2", line)]
+    assert f"failed: {line}" in (folder / "sweep.md").read_text()
+    assert not (folder / ".sweep").exists()
+
+
+def test_what_a_rank_of_a_submitted_job_refused_is_its_error(died, tmp_path: Path) -> None:
+    code, _, err = died("dreambooth: photos/1.jpg cannot be read\nsrun: error: n1: task 1\n", "FAILED")
+    assert (code, "Traceback" in err) == (2, False), err
+    rows = rows_of(tmp_path / "outputs" / "dead" / "sweep.csv")
+    assert [row["error"] for row in rows] == ["", "photos/1.jpg cannot be read"]
+
+
+def test_ctrl_c_while_the_launcher_waits_leaves_without_a_traceback(died, monkeypatch) -> None:
+    from submitit import Job
+
+    def wait(self) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "wait", wait)
+    code, _, err = died()
+    assert (code, "Traceback" in err) == (130, False)
 
 
 def test_the_launcher_without_its_packages_is_one_line() -> None:

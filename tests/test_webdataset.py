@@ -9,8 +9,9 @@ import sys
 import tarfile
 from collections import Counter
 from io import BytesIO
-from itertools import islice
+from itertools import islice, product, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from dreambooth import compose
+from dreambooth.data import streaming
 from dreambooth.data.readers import Reader
 from dreambooth.data.sharded import ShardedDataModule
 from dreambooth.data.shards import expand, inspect, pictures
@@ -321,6 +323,50 @@ def test_another_number_of_readers_is_said(tiny: StableDiffusion, photos: Path, 
     assert not said(caplog)
     module.load_state_dict({"readers": 8})
     assert "8 readers (ranks x model.data.num_workers) shared the shards, now 2 do" in said(caplog)[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ((1, 2, 1, 2), (1, 2, 2, 1), False),
+        ((1, 2, 2, 2), (1, 2, 1, 4), False),
+        ((2, 1, 2, 1), (1, 2, 2, 2), True),  # each reader has its two pictures of each step, in the same places
+        ((1, 1, 1, 2), (1, 1, 2, 1), True),
+    ],
+)
+def test_another_division_of_the_batch_is_said_where_the_order_changes(
+    before: tuple[int, ...],
+    now: tuple[int, ...],
+    same: bool,
+    tmp_path: Path,
+    tiny: StableDiffusion,
+    photos: Path,
+    caplog: Any,
+    monkeypatch: Any,
+) -> None:
+    """Ranks, workers, micro-batch size and accumulation; the line is as true as what the streams yield."""
+    names = ("world", "workers", "micro_batch_size", "accumulate")
+    paths = write_shards(tmp_path / "many", [5, 3, 4])
+
+    def order(world: int, workers: int, size: int, accumulate: int) -> list[str]:
+        """The pictures of eight steps, by step and place."""
+        placed = {}
+        for rank, own in product(range(world), range(workers)):
+            worker = SimpleNamespace(id=own, num_workers=workers)
+            monkeypatch.setattr(streaming, "get_worker_info", lambda worker=worker: worker)
+            more = {"world": world, "rank": rank, "micro_batch_size": size, "accumulate": accumulate}
+            for batch in takewhile(lambda batch: batch["step"] < 8, stream([shard_role("instance", paths)], **more)):
+                placed |= {(batch["step"], *at): path for *at, path in zip(batch["index"], batch["paths"], strict=True)}
+        return [placed[place] for place in sorted(placed)]
+
+    assert (order(*before) == order(*now)) == same
+    world, workers, size, accumulate = now
+    module = data(tiny, photos, instance_shards=paths, num_workers=workers, micro_batch_size=size)
+    module.trainer = SimpleNamespace(world_size=world, accumulate_grad_batches=accumulate)
+    module.load_state_dict({"readers": before[0] * before[1], "shares": dict(zip(names, before, strict=True))})
+    assert len(said(caplog)) == (not same)
+    assert all("come in another order" in line for line in said(caplog))
+    assert module.state_dict()["shares"] == dict(zip(names, now, strict=True))
 
 
 def test_folders_become_shards_whose_bytes_depend_on_nothing_else(photos: Path, tmp_path: Path) -> None:

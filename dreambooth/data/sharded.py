@@ -2,13 +2,14 @@
 
 import logging
 import time
+from math import lcm
 from typing import Any
 
 from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.data.encoder import Encoder
 from dreambooth.data.shards import expand, inspect, pictures
 from dreambooth.data.sources import INSTANCE, REGULARIZATION, Source
-from dreambooth.data.streaming import FolderRole, ShardRole, ShardStream
+from dreambooth.data.streaming import FolderRole, ShardRole, ShardStream, turns
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.parallel.watch import watched
@@ -16,6 +17,7 @@ from dreambooth.parallel.watch import watched
 log = logging.getLogger(__name__)
 
 KEYS = {INSTANCE: "model.data.instance_shards", REGULARIZATION: "model.data.regularization_shards"}
+ANOTHER = "from here on the pictures come in another order than they would have come in"
 
 
 class ShardedDataModule(DreamBoothDataModule):
@@ -23,7 +25,8 @@ class ShardedDataModule(DreamBoothDataModule):
 
     Every step encodes its pictures: a cache of a set that no disk should hold in files would be such a set again. If
     any picture has a caption (``shards.inspect``), every step reads its prompts too. See ``readers.Reader`` for the
-    order; it depends on the number of readers, ranks times loader processes, which checkpoints keep.
+    order; it depends on the number of readers, ranks times loader processes, and on whose turn it is
+    (``streaming.turns``), which checkpoints keep.
     """
 
     def __init__(
@@ -141,15 +144,35 @@ class ShardedDataModule(DreamBoothDataModule):
         assert self.trainer is not None
         return self.trainer.world_size * max(1, self.num_workers)
 
+    @property
+    def shares(self) -> dict[str, int]:
+        """What decides, beside the seed, which reader a picture comes from: the arguments of ``streaming.turns``."""
+        assert self.trainer is not None
+        return {
+            "world": self.trainer.world_size,
+            "workers": max(1, self.num_workers),
+            "micro_batch_size": self.micro_batch_size,
+            "accumulate": self.trainer.accumulate_grad_batches,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """What the order depends on beside the seed."""
-        return {"readers": self.readers}
+        return {"readers": self.readers, "shares": self.shares}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say so when the order is another from here on."""
+        before, now = state_dict.get("shares", self.shares), self.shares  # older checkpoints know of readers only
+        steps = lcm(before["workers"], now["workers"])
         if state_dict["readers"] != self.readers:
             log.warning(
-                "%d readers (ranks x model.data.num_workers) shared the shards, now %d do: from here on the pictures "
-                "come in another order than they would have come in",
-                *(state_dict["readers"], self.readers),
+                "%d readers (ranks x model.data.num_workers) shared the shards, now %d do: %s",
+                *(state_dict["readers"], self.readers, ANOTHER),
+            )
+        elif turns(**before, steps=steps) != turns(**now, steps=steps):
+            log.warning(
+                "the %d readers of the shards took turns by %d x %d pictures a step (trainer.accumulate_grad_batches x "
+                "model.micro_batch_size) with %d of them a rank, now by %d x %d with %d: %s",
+                self.readers,
+                *(each[key] for each in (before, now) for key in ("accumulate", "micro_batch_size", "workers")),
+                ANOTHER,
             )

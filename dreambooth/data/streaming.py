@@ -79,6 +79,18 @@ def _announced(found: Iterator[Picture], reader: Reader, skip: int, start: float
     yield from found
 
 
+def turns(world: int, workers: int, micro_batch_size: int, accumulate: int, steps: int) -> list[int]:
+    """The reader that each picture of a role comes from, in the order of all ranks' pictures; begins anew after
+    ``workers`` steps. Where two divisions agree in it, pictures come in the same order.
+    """
+    return [
+        rank * workers + micro % workers
+        for micro in range(steps * accumulate)
+        for rank in range(world)
+        for _ in range(micro_batch_size)
+    ]
+
+
 @dataclass(eq=False)
 class ShardStream(IterableDataset):
     """Endless micro-batches of one rank, as ``pairs.Stream`` makes them, of roles that may be streamed.

@@ -13,6 +13,9 @@ from dreambooth.slurm import device_count, launched_by_srun
 # What these do to one number of a weight depends on no other number of it.
 ELEMENTWISE = tuple(f"torch.optim.{name}" for name in ("AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "SGD"))
 
+# Lightning's names of strategies under which every rank holds all and processes are started as this project does it.
+WHOLE = ("auto", "single_device", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+
 
 def check(cfg: DictConfig) -> None:
     """Raise UserError for devices that are not there, and for what the strategy cannot do."""
@@ -22,6 +25,10 @@ def check(cfg: DictConfig) -> None:
         kind: Any = get_class(node._target_)
         if hasattr(kind, "check"):
             kind.check(cfg)
+    elif node not in WHOLE:
+        raise UserError(
+            f"trainer.strategy={node}: by a name there are only {', '.join(WHOLE)}; type strategy={_card(str(node))}"
+        )
 
 
 def check_cut(cfg: DictConfig, strategy: str) -> None:
@@ -53,6 +60,14 @@ def check_cut(cfg: DictConfig, strategy: str) -> None:
             )
     if cfg.trainer.precision == "16-mixed":
         raise UserError(f"trainer.precision=16-mixed: {strategy} has no fp16; type trainer.precision=bf16-mixed")
+
+
+def _card(name: str) -> str:
+    """The card that is nearest to one of Lightning's strategies: its own FSDP and ZeRO know nothing of checkpoints."""
+    if name.startswith("deepspeed"):
+        stage = next((stage for stage in "123" if f"_{stage}" in name), "2")
+        return f"deepspeed_{stage}" + "_offload" * ("offload" in name and stage != "1")
+    return "fsdp" if name.startswith("fsdp") else "ddp"
 
 
 def _check_devices(trainer: Any) -> None:
