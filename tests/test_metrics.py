@@ -299,6 +299,18 @@ def test_a_tradeoff_without_a_ceiling_takes_the_last_step():
     assert tradeoff.verdict() is None
 
 
+def test_photographs_less_alike_than_the_base_is_to_them_leave_no_way_to_measure_on():
+    """A gain would be a negative share, so that the worst step would be kept."""
+    tradeoff = Tradeoff(0.3, patience=1, target=0.5)
+    for step, dino in ((0, 0.4), (100, 0.6), (200, 0.5), (300, 0.45)):
+        tradeoff.add(step, {"dino": dino, "pres": 0.35})
+    assert [row["score"] for row in tradeoff.rows] == [None] * 4
+    assert tradeoff.fidelity(tradeoff.rows[1]) is None
+    assert tradeoff.drift(tradeoff.rows[1]) is None
+    assert tradeoff.best() == 300
+    assert tradeoff.verdict() is None
+
+
 def test_prompts_file_is_named_in_the_error(tmp_path: Path):
     from dreambooth.metrics.measure import wanted
 
