@@ -76,6 +76,7 @@ CHOICES = {
     "model.prior": ("images", "teacher"),
     "model.data.masks": ("alpha", "files"),
     "metrics.text": ("class", "identifier"),
+    "metrics.average": ("pictures", "prompts"),
     "model.objective.timesteps": ("uniform", "logit_normal"),
 }  # fmt: skip
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of which keys

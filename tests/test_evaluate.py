@@ -201,6 +201,7 @@ def test_the_scores_of_other_pictures_are_never_written_over(tmp_path, monkeypat
         (["infer.model=/nowhere"], r"infer\.model=/nowhere"),
         (["evaluate.images=x", "evaluate.prompts=''"], r"evaluate\.prompts is empty"),
         (["metrics.text=neither"], r"metrics\.text=neither"),
+        (["metrics.average=prompt"], r"metrics\.average=prompt: there is no such choice; did you mean 'prompts'"),
     ],
 )
 def test_bad_input_is_one_line(words, complaint, tmp_path, monkeypatch):

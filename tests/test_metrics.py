@@ -100,6 +100,32 @@ def test_a_suite_gives_every_picture_its_row_whatever_the_order():
     assert suite.rows("subject", Pictures([]), photos) == []
 
 
+def test_the_order_of_averaging_is_a_choice_that_is_printed():
+    pictures = [("red", 0.9), ("red", 0.6), ("red", 0.3), ("green", 0.2), ("both", None)]
+    rows = [{"set": "after", "role": "subject", "prompt": prompt, "dino": value} for prompt, value in pictures]
+    rows += [{"set": "real", "role": "photo", "prompt": None, "dino": value} for value in (0.7, 0.8, 0.9)]
+    found = {}
+    for average in ("pictures", "prompts"):
+        metrics = metrics_of(Suite({"dino": Compass()}, [Dino()], average=average), rows)
+        assert metrics["average"] == average
+        assert metrics["real"]["dino"] == pytest.approx(0.8)  # a photograph has no prompt: each counts once
+        assert metrics["intervals"]["real"]["dino"] == interval([0.7, 0.8, 0.9])
+        found[average] = metrics
+    values = [value for _, value in pictures]
+    assert found["pictures"]["after"]["dino"] == mean(values)  # to the last digit
+    assert found["pictures"]["intervals"]["after"]["dino"] == interval(values)
+    assert found["prompts"]["after"]["dino"] == mean([mean(values[:3]), 0.2])
+    assert found["prompts"]["intervals"]["after"]["dino"] == interval([mean(values[:3]), 0.2])
+    assert "means count every picture once" in table(found["pictures"])
+    assert "means count every prompt (the mean of its pictures) once" in table(found["prompts"])
+    assert metrics_of(Suite({"dino": Compass()}, [Dino()]), rows) == found["pictures"]
+
+
+def test_a_prompt_of_two_subjects_is_two_prompts():
+    rows = [{"prompt": "red", "subject": name, "dino": value} for name, value in (("a", 0.0), ("a", 0.6), ("b", 0.9))]
+    assert Suite({"dino": Compass()}, [Dino()], average="prompts").summary(rows) == {"dino": pytest.approx(0.6)}
+
+
 def test_without_photographs_only_the_prompt_counts():
     suite = Suite({"dino": Compass(), "clip": Compass()}, [Dino(), ClipT(), Copy()])
     (row,) = suite.rows("subject", Pictures(colour("red"), ["both"]), Pictures([]))
@@ -270,6 +296,18 @@ def test_a_tradeoff_without_a_ceiling_takes_the_last_step():
     for step in (0, 100, 200):
         tradeoff.add(step, {"dino": 0.3, "pres": None})
     assert tradeoff.best() == 200
+    assert tradeoff.verdict() is None
+
+
+def test_photographs_less_alike_than_the_base_is_to_them_leave_no_way_to_measure_on():
+    """A gain would be a negative share, so that the worst step would be kept."""
+    tradeoff = Tradeoff(0.3, patience=1, target=0.5)
+    for step, dino in ((0, 0.4), (100, 0.6), (200, 0.5), (300, 0.45)):
+        tradeoff.add(step, {"dino": dino, "pres": 0.35})
+    assert [row["score"] for row in tradeoff.rows] == [None] * 4
+    assert tradeoff.fidelity(tradeoff.rows[1]) is None
+    assert tradeoff.drift(tradeoff.rows[1]) is None
+    assert tradeoff.best() == 300
     assert tradeoff.verdict() is None
 
 

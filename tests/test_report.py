@@ -81,6 +81,15 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run")
 
 
+def test_the_page_says_the_order_of_averaging(run: Path) -> None:
+    path = run / "summary.json"
+    for average, said in (("pictures", "count every picture once"), ("prompts", "count every prompt (the mean of")):
+        summary = json.loads(path.read_text())
+        summary["metrics"] |= {"average": average, "encoders": {"dino": "a ViT"}}
+        path.write_text(json.dumps(summary))
+        assert said in page_of(run).text
+
+
 def test_everything_is_on_one_page_that_needs_nothing_else(run: Path) -> None:
     page = page_of(run)
     expected = "glance pictures class photos nearest curves scores cost settings versions".split()

@@ -150,7 +150,7 @@ def score_photos(suite: Suite, subjects: Sequence[Subject]) -> list[Row]:
 def metrics_of(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
     """``metrics`` of summary.json: means by set, their intervals, and the choices that they depend on.
 
-    Of several subjects the means are over the pictures of all; ``subjects`` has those of each.
+    Of several subjects the means are over the pictures, or prompts, of all; ``subjects`` has those of each.
     """
     sets = {name: [row for row in rows if row["set"] == name] for name in SETS}
     names = list(dict.fromkeys(row["subject"] for row in rows if "subject" in row))
@@ -165,6 +165,7 @@ def metrics_of(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
         "pictures": {name: len(part) for name, part in sets.items()},
         "encoders": {name: encoder.name for name, encoder in suite.encoders.items()},
         "text": suite.text,
+        "average": suite.average,
     }
 
 
@@ -207,7 +208,9 @@ def _footnotes(metrics: Mapping[str, Any]) -> list[str]:
     """By what was measured, which the numbers depend on, and why diversity is missing."""
     by = "; ".join(f"{name}: {what}" for name, what in metrics["encoders"].items())
     rare = "without" if metrics["text"] == "class" else "with"
-    notes = [f"measured by {by}; clip_t's prompt is taken {rare} the rare word"] if by else []
+    once = "prompt (the mean of its pictures)" if metrics["average"] == "prompts" else "picture"
+    notes = [f"measured by {by}; clip_t's prompt is taken {rare} the rare word; means count every {once} once"]
+    notes = notes if by else []
     if "lpips" in metrics["encoders"] and metrics["after"].get("div", 0) is None:
         notes.append("div is undefined: there is no second picture of any prompt")
     return notes

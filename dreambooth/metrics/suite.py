@@ -20,11 +20,15 @@ class Suite:
         scores: in the order of the table.
         text: the CLIP-T prompt: "class" leaves the rare word out ("a photo of a dog on the beach"), "identifier"
             keeps it.
+        average: the order of averaging: "pictures" counts every picture once; "prompts" takes the mean of each
+            prompt's pictures first, then counts every prompt once. A photograph has no prompt and counts once.
     """
 
-    def __init__(self, encoders: dict[str, Any], scores: Sequence[Score], text: str = "class") -> None:
+    def __init__(
+        self, encoders: dict[str, Any], scores: Sequence[Score], text: str = "class", average: str = "pictures"
+    ) -> None:
         self.encoders = {name: encoder for name, encoder in encoders.items() if encoder is not None}
-        self.scores, self.text = list(scores), text
+        self.scores, self.text, self.average = list(scores), text, average
         self.names = [score.name for score in self.scores]
 
     def move(self, device: torch.device) -> None:
@@ -51,12 +55,23 @@ class Suite:
         return table
 
     def summary(self, rows: Sequence[Row]) -> dict[str, float | None]:
-        """The mean of each score over the rows where it is defined."""
-        return {name: mean([row[name] for row in rows]) for name in self.names}
+        """The mean of each score over the rows where it is defined, in the order that ``average`` says."""
+        return {name: mean(self._counted(rows, name)) for name in self.names}
 
     def intervals(self, rows: Sequence[Row]) -> dict[str, list[float] | None]:
-        """The 95 % bootstrap interval of each mean."""
-        return {name: interval([row[name] for row in rows]) for name in self.names}
+        """The 95 % bootstrap interval of each mean: over pictures, or over prompts, as ``average`` says."""
+        return {name: interval(self._counted(rows, name)) for name in self.names}
+
+    def _counted(self, rows: Sequence[Row], name: str) -> list[float | None]:
+        """The values of a score that count once each: those of pictures, or the means of prompts."""
+        if self.average == "pictures":
+            return [row[name] for row in rows]
+        groups: dict[Any, list[float | None]] = {}
+        for place, row in enumerate(rows):
+            asked = row.get("prompt")
+            group = place if asked is None else (row.get("subject"), row.get("role"), asked)
+            groups.setdefault(group, []).append(row[name])
+        return [mean(values) for values in groups.values()]
 
     def _empty(self, pictures: Pictures) -> list[Row]:
         return [dict.fromkeys([*self.names, "nearest"]) for _ in pictures.images]

@@ -4,6 +4,7 @@ from typing import Any
 
 COLUMNS = ("step", "dino", "clip_i", "clip_t", "pres", "div", "copy", "score")
 LEAST_RISE = 0.01  # of the way from base to photographs: less is noise
+LEAST_WAY = 1e-6  # from base to photographs: with less, and with photographs below the base, there are no shares of it
 
 
 class Tradeoff:
@@ -78,6 +79,10 @@ class Tradeoff:
         return None
 
     def _share(self, value: float | None, base: float | None) -> float | None:
-        if None in (value, base, self.real) or self.real == base:
+        """How far ``value`` has gone from ``base`` to the photographs; None where that is no way.
+
+        Photographs less alike than the base is to them give none: every gain would count as a loss.
+        """
+        if value is None or base is None or self.real is None or self.real - base < LEAST_WAY:
             return None
-        return (value - base) / (self.real - base)  # type: ignore[operator]
+        return (value - base) / (self.real - base)

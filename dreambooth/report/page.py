@@ -58,6 +58,7 @@ def _sections(run: RunData, album: Album) -> dict[str, Any]:
         "sets": SETS,
         "encoders": run.summary.get("metrics", {}).get("encoders") or {},
         "clip_text": run.summary.get("metrics", {}).get("text"),
+        "average": run.summary.get("metrics", {}).get("average"),
         "times": _times(run),
         "counts": _counts(run),
         "versions": run.summary.get("versions") or {},
