@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from dreambooth.parallel.tensors import Entry
 from dreambooth.tuning.base import TEXT, swapped
 
-# Settings of an optimizer's group that belong to the strategy and not to the run.
-FIXED = ("params", "fused", "foreach", "capturable", "differentiable")
+FIXED = ("params", "fused", "foreach", "capturable", "differentiable")  # of a group: the strategy's and not the run's
 
 
 class Layout:
@@ -108,11 +107,8 @@ class Layout:
     @torch.no_grad()
     def end_averages(self) -> None:
         """Before a text encoder is frozen: from here on all that learns knows it as it is, not as it was on average."""
-        if self.module.ema is None:
-            return
-        for average, (name, weight) in zip(self.module.ema, self.named().items(), strict=True):
-            if name.startswith(TEXT):
-                average.copy_(weight)
+        for average, name in zip(self.module.ema or (), named := self.named(), strict=False):
+            average.copy_(named[name] if name.startswith(TEXT) else average)
 
     @torch.no_grad()
     def set_weights(self, values: dict[str, Tensor], averages: dict[str, Tensor]) -> None:
@@ -176,8 +172,8 @@ class Sharded(Layout):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        first = module.trainer.is_global_zero
-        self.shells = {name: shell(network) for name, network in module.learned.items()} if first else {}
+        networks = module.learned.items() if module.trainer.is_global_zero else ()
+        self.shells = {name: shell(network) for name, network in networks}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
