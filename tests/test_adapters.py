@@ -165,6 +165,8 @@ def test_what_is_no_adapter_for_this_model_is_named(run: RunResult, tiny_sd: Pat
     wrong(tmp_path / "flux.safetensors", "nothing for the networks")
     save_file({"lora_unet_x.dora_scale": torch.zeros(2)}, tmp_path / "dora.safetensors")
     wrong(tmp_path / "dora.safetensors", "DoRA in a dialect")
+    with pytest.raises(UserError, match=r"infer\.adapter: .* has an adapter of its own; type infer\.model="):
+        generate(compose(["task=generate", f"infer.model={run.folder}", f"infer.adapter={run.folder}"]))
 
 
 def test_the_best_step_is_kept_and_put_back(tiny_sd: Path, tmp_path: Path) -> None:

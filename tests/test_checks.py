@@ -11,6 +11,7 @@ from dreambooth.run_folder import open_run
 from dreambooth.tuning.full import Full
 
 GPUS = "trainer.accelerator=gpu"
+LIGHTNINGS = "pytorch_lightning.strategies"
 
 
 class Own(Full):
@@ -48,6 +49,16 @@ class Own(Full):
             ["strategy=fsdp", "model.tuning._target_=tests.test_checks.Own"],
             0,
             ["Own", "one of the cards"],
+        ),
+        (
+            ["strategy=fsdp", f"trainer.strategy._target_={LIGHTNINGS}.FSDPStrategy"],
+            0,
+            ["FSDPStrategy", "strategy=fsdp"],
+        ),
+        (
+            ["strategy=deepspeed_1", f"trainer.strategy._target_={LIGHTNINGS}.DeepSpeedStrategy"],
+            2,
+            ["DeepSpeedStrategy", "strategy=deepspeed_2"],
         ),
         (["strategy=fsdp_hybrid", "model/tuning=pivotal"], 0, ["model.tuning.embedding_steps=null", "strategy=ddp"]),
         (["strategy=deepspeed_3", "model.prior=teacher"], 2, ["model.prior=teacher", "model/tuning=lora"]),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from dreambooth.errors import UserError
 from dreambooth.slurm import device_count, launched_by_srun
@@ -13,6 +14,7 @@ from dreambooth.slurm import device_count, launched_by_srun
 # What these do to one number of a weight depends on no other number of it.
 ELEMENTWISE = tuple(f"torch.optim.{name}" for name in ("AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "SGD"))
 
+CUTTING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 # Lightning's names of strategies under which every rank holds all and processes are started as this project does it.
 WHOLE = ("auto", "single_device", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 
@@ -25,6 +27,11 @@ def check(cfg: DictConfig) -> None:
         kind: Any = get_class(node._target_)
         if hasattr(kind, "check"):
             kind.check(cfg)
+        elif issubclass(kind, CUTTING):  # its checkpoints and pipelines would hold what one rank has
+            card = _card("deepspeed_stage_2" if issubclass(kind, DeepSpeedStrategy) else "fsdp")
+            raise UserError(
+                f"trainer.strategy._target_={node._target_}: type strategy={card}, which saves whole weights"
+            )
     elif node not in WHOLE:
         raise UserError(
             f"trainer.strategy={node}: by a name there are only {', '.join(WHOLE)}; type strategy={_card(str(node))}"
