@@ -208,7 +208,7 @@ def _footnotes(metrics: Mapping[str, Any]) -> list[str]:
     """By what was measured, which the numbers depend on, and why diversity is missing."""
     by = "; ".join(f"{name}: {what}" for name, what in metrics["encoders"].items())
     rare = "without" if metrics["text"] == "class" else "with"
-    once = "prompt (the mean of its pictures)" if metrics["average"] == "prompts" else "picture"
+    once = "prompt (the mean of its pictures)" if metrics.get("average") == "prompts" else "picture"
     notes = [f"measured by {by}; clip_t's prompt is taken {rare} the rare word; means count every {once} once"]
     notes = notes if by else []
     if "lpips" in metrics["encoders"] and metrics["after"].get("div", 0) is None:
