@@ -51,15 +51,25 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
     source = find_model(cfg)
     run = run_of(str(cfg.infer.model))
     cfg = cfg if run is None else settings_of_run(cfg, run)
-    subjects, suite = measure.Subject.all_of(cfg), build(cfg.metrics)
+    suite = build(cfg.metrics)  # a missing encoder is said before a model is loaded
+    after = source.load(cfg)
+    if run is None:
+        _check_cards(cfg, after.default_resolution, f"infer.model={cfg.infer.model} draws")
+        return _measure(cfg, suite, {"after": after}, None, source.resolution)
+    # The base as it was before the first step: a new word there meant its initializer already.
+    before: Family = build(cfg.model.family)
+    with build(cfg.model.tuning)(before).merged():
+        return _measure(cfg, suite, {"before": before, "after": after}, run, source.resolution)
+
+
+def _measure(
+    cfg: DictConfig, suite: Suite, models: dict[str, Family], run: Path | None, resolution: int | None
+) -> Evaluation:
+    """Draw what is missing of each model, and score all of it."""
+    subjects = measure.Subject.all_of(cfg)
     suite.move(pick_device(cfg.trainer.accelerator))
-    models = {"after": source.load(cfg)}
-    if run is not None:
-        models = {"before": build(cfg.model.family), **models}
-    else:
-        _check_cards(cfg, models["after"].default_resolution, f"infer.model={cfg.infer.model} draws")
     asked = measure.wanted(cfg.evaluate, subjects)
-    sets = {name: _pictures(cfg, asked, family, source.resolution) for name, family in models.items()}
+    sets = {name: _pictures(cfg, asked, family, resolution) for name, family in models.items()}
     folder = choose_folder(cfg, run, sets)
     rows = measure.score_photos(suite, subjects)
     for name, family in models.items():
@@ -113,7 +123,7 @@ def _pictures(
     cfg: DictConfig, asked: Sequence[measure.Asked], family: Family, resolution: int | None
 ) -> list[dict[str, Any]]:
     side = resolution or family.default_resolution
-    return measure.pictures_of(asked, cfg.evaluate, str(cfg.infer.model), family.fingerprint(), side)
+    return measure.pictures_of(asked, cfg.evaluate, str(cfg.infer.model), family.fingerprint(fresh=True), side)
 
 
 def _evaluate_folder(cfg: DictConfig) -> Evaluation:

@@ -207,12 +207,14 @@ def test_merged_on_request_is_what_the_adapter_draws(tiny_sd: Path, photos: Path
 
 
 @pytest.mark.slow
-def test_a_run_with_an_adapter_is_measured_as_any(tiny_sd: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "own"), [("lora", ".lora_"), ("textual_inversion", ".added_rows")])
+def test_a_run_with_an_adapter_is_measured_as_any(name: str, own: str, tiny_sd: Path, tmp_path: Path) -> None:
     """The best step is the adapter's; base and adapter draw again what was measured in training, to the last digit."""
     folder = tmp_path / "run"
-    adapter = ["model/tuning=lora", "model.tuning.rank=2", "model.tuning.alpha=6", "model.optim.lr=0.05", "logger=none"]
+    small = ["model.tuning.rank=2", "model.tuning.alpha=6"] if name == "lora" else ["model.tuning.embedding_lr=0.05"]
+    adapter = [f"model/tuning={name}", *small, "model.optim.lr=0.05", "logger=none"]
     train(compose([*settings(tiny_sd, folder), *adapter, "trainer.max_steps=3"]))
-    assert all(".lora_" in key for key in load_file(folder / "checkpoints" / "best.safetensors"))
+    assert all(own in key for key in load_file(folder / "checkpoints" / "best.safetensors"))
     before = (folder / "evaluation" / "scores.jsonl").read_bytes()
     shutil.rmtree(folder / "evaluation" / "after")
     evaluate(compose([f"infer.model={folder}", "task=evaluate", *MEASURED]))
