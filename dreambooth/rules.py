@@ -36,6 +36,7 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "callbacks.evaluate.every_n_train_steps": int,
     "callbacks.evaluate.patience": int,
     "callbacks.evaluate.max_drift": float,
+    "callbacks.evaluate.max_forgetting": float,
     "callbacks.evaluate.target": float,
     "metrics.encoders.dino.checkpoint_path": str,
     "metrics.encoders.lpips.backbone_path": str,
@@ -120,7 +121,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
     (
         "above 0",
         lambda value: value > 0,
-        "callbacks.evaluate.max_drift callbacks.evaluate.target "
+        "callbacks.evaluate.max_drift callbacks.evaluate.max_forgetting callbacks.evaluate.target "
         "trainer.gradient_clip_val model.weighting.gamma model.loss.delta model.objective.std model.objective.shift "
         "model.learning_rate model.optim.lr model.optim.eps model.optim.d_coef "
         "model.tuning.text_encoder_lr model.tuning.alpha model.tuning.embedding_lr model.tuning.embedding_steps "

@@ -40,6 +40,7 @@ def settings(model: Path, folder: Path) -> list[str]:
         "callbacks.evaluate.num_class_images=1",
         "callbacks.evaluate.patience=null",
         "callbacks.evaluate.max_drift=null",
+        "callbacks.evaluate.max_forgetting=null",
         "callbacks.evaluate.target=null",
         *MEASURED,
     ]

@@ -19,7 +19,7 @@ from dreambooth.config import build
 from dreambooth.families.folder import locate
 from dreambooth.metrics.encoders import Lpips, OpenClip, TimmViT, lpips
 from dreambooth.metrics.intervals import interval, mean
-from dreambooth.metrics.measure import metrics_of, table
+from dreambooth.metrics.measure import Asked, Subject, metrics_of, table, unheard
 from dreambooth.metrics.pictures import Pictures
 from dreambooth.metrics.pocket import PocketClip, PocketLpips, PocketViT
 from dreambooth.metrics.scores import ClipI, ClipT, Copy, Dino, Div, Pres
@@ -289,6 +289,39 @@ def test_training_stops_when_likeness_has_stopped_rising_or_the_class_drifts():
     assert learned.verdict() is None
     learned.target = 0.69
     assert "70% of the way to the photographs (callbacks.evaluate.target=0.69)" in learned.verdict()
+
+
+def heard(*values: float | None, unheard: float | None = 0.4, limit: float | None = 0.5) -> Tradeoff:
+    """Evaluations of clip_t, the photographs at 0.4 with the prompts; nothing else moves."""
+    tradeoff = Tradeoff(0.9, unheard, patience=None, max_forgetting=limit)
+    for number, clip_t in enumerate(values):
+        tradeoff.add(100 * number, {"dino": 0.1, "pres": 0.2, "clip_t": clip_t})
+    return tradeoff
+
+
+def test_training_stops_when_the_prompts_are_forgotten():
+    assert heard(0.7, 0.55).forgetting({"clip_t": 0.55}) == pytest.approx(0.5)
+    assert heard(0.7, 0.56).verdict() is None
+    assert "80% of the way from what their prompts say to the photographs" in heard(0.7, 0.46).verdict()
+    assert "max_forgetting=0.5" in heard(0.7, 0.46).verdict()
+    assert heard(0.7, 0.75).forgetting({"clip_t": 0.75}) < 0  # more than the base heard
+    for undefined in (heard(0.7, 0.3, limit=None), heard(0.7, 0.3, unheard=None), heard(0.3, 0.1), heard(0.7, None)):
+        assert undefined.verdict() is None
+
+
+def test_what_is_unheard_is_every_photograph_with_every_prompt_of_its_subject():
+    def subject(*names: str) -> Subject:
+        made = Subject(None, "", "sks", "")
+        made.photos = Pictures(colour(*names))
+        return made
+
+    one, other = subject("red", "both"), subject("green")
+    asked = [Asked(prompt, 1, "subject", one) for prompt in ("red", "green")] + [Asked("both", 4, "class", one)]
+    suite = Suite({"clip": Compass()}, [Dino(), ClipT()])
+    assert unheard(suite, asked) == pytest.approx((1.0 + 0.0 + 0.6 + 0.8) / 4)
+    assert unheard(suite, [*asked, Asked("both", 1, "subject", other)]) == pytest.approx((0.6 + 0.8) / 2)
+    assert unheard(Suite({}, [ClipT()]), asked) is None
+    assert unheard(suite, [Asked("red", 1, "subject", subject())]) is None
 
 
 def test_a_tradeoff_without_a_ceiling_takes_the_last_step():

@@ -204,6 +204,7 @@ def test_the_command_goes_on_with_other_ranks(tiny_sd: Path, photos: Path, tmp_p
         "callbacks.evaluate.num_images_per_prompt=1",
         "callbacks.evaluate.patience=null",
         "callbacks.evaluate.max_drift=null",
+        "callbacks.evaluate.max_forgetting=null",
         "callbacks.sample_grid.inference_steps=2",
         "callbacks.sample_grid.prompts=[a dog]",
         "callbacks.sample_grid.num_images_per_prompt=1",

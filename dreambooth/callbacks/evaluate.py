@@ -42,7 +42,7 @@ class Evaluate(pl.Callback):
         cfg: the whole tree (this callback's card is ``_partial_``).
         every_n_train_steps: null measures the base and the last step only, and keeps no best.
         num_images_per_prompt, num_class_images, seed: of the curves' pictures; their prompts are evaluate.prompts.
-        drift_weight, patience, max_drift, target: see ``Tradeoff``.
+        drift_weight, patience, max_drift, max_forgetting, target: see ``Tradeoff``.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Evaluate(pl.Callback):
         drift_weight: float = 1.0,
         patience: int | None = 3,
         max_drift: float | None = 0.5,
+        max_forgetting: float | None = 0.5,
         target: float | None = None,
     ) -> None:
         self.final: dict[str, Any] = dict(OmegaConf.to_container(cfg.evaluate, resolve=True))  # type: ignore[arg-type]
@@ -66,7 +67,15 @@ class Evaluate(pl.Callback):
         self.subjects, self.suite = measure.Subject.all_of(cfg), build(cfg.metrics)
         self.asked = [measure.wanted(how, self.subjects) for how in (self.curve, self.final)]
         photos = self.suite.summary(measure.score_photos(self.suite, self.subjects))
-        self.tradeoff = Tradeoff(photos["dino"], drift_weight, patience, max_drift, target)
+        self.tradeoff = Tradeoff(
+            photos["dino"],
+            measure.unheard(self.suite, self.asked[0]),
+            drift_weight=drift_weight,
+            patience=patience,
+            max_drift=max_drift,
+            max_forgetting=max_forgetting,
+            target=target,
+        )
         self.seconds = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -14,6 +14,7 @@ from dreambooth.config import phrase
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, distinct_names, list_pictures, open_picture
 from dreambooth.generation import read_prompts
+from dreambooth.metrics.intervals import mean
 from dreambooth.metrics.pictures import Pictures
 from dreambooth.metrics.suite import Row, Suite, class_text
 from dreambooth.picture_files import Settings, describe, numbered_paths
@@ -145,6 +146,15 @@ def score_photos(suite: Suite, subjects: Sequence[Subject]) -> list[Row]:
         for subject in subjects
         for path, value in zip(subject.paths, suite.real_rows(subject.photos), strict=True)
     ]
+
+
+def unheard(suite: Suite, asked: Sequence[Asked]) -> float | None:
+    """The prompt fidelity of a model that shows the photographs whatever the prompt; None where it is not measured."""
+    means = []
+    for subject in dict.fromkeys(each.subject for each in asked):
+        prompts = [each.prompt for each in asked if each.subject is subject and each.role == "subject"]
+        means.append(mean(suite.unheard(subject.photos, [subject.text(prompt, suite.text) for prompt in prompts])))
+    return mean(means)
 
 
 def metrics_of(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:

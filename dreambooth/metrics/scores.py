@@ -5,6 +5,7 @@ A score is a class with a ``name``, the ``encoder`` it needs, the ``role`` of th
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ class ClipT(Score):
         texts = list(dict.fromkeys(drawn.texts))
         rows = torch.tensor([texts.index(text) for text in drawn.texts], dtype=torch.long)
         return (drawn.seen_by(encoder) * encoder.texts(texts)[rows]).sum(1)
+
+    def unheard(self, encoder: Any, photos: Pictures, texts: Sequence[str]) -> list[float]:
+        """Of every photograph with every text: what a model scores that shows the subject whatever it is asked for."""
+        table: list[float] = (photos.seen_by(encoder) @ encoder.texts(list(texts)).T).flatten().tolist()
+        return table
 
 
 class Pres(Fidelity):

@@ -10,28 +10,35 @@ LEAST_WAY = 1e-6  # from base to photographs: with less, and with photographs be
 class Tradeoff:
     """Rows of the curves, the first of them the untouched base.
 
-    fidelity = (dino - dino_base) / (dino_real - dino_base): the share of the way from the base to real photographs
-    drift    = (pres - pres_base) / (dino_real - pres_base): the share of the way from the class to the subject
-    score    = fidelity - ``drift_weight`` * max(drift, 0): a class that moved away from the subject is no merit
+    fidelity   = (dino - dino_base) / (dino_real - dino_base): the share of the way from the base to real photographs
+    drift      = (pres - pres_base) / (dino_real - pres_base): the share of the way from the class to the subject
+    forgetting = (clip_t_base - clip_t) / (clip_t_base - clip_t_unheard): the share of the way from prompts followed as
+                 the base follows them to photographs of the subject, whatever the prompt
+    score      = fidelity - ``drift_weight`` * max(drift, 0): a class that moved away from the subject is no merit
 
     Args:
         dino_real: of the photographs among themselves; None (a single photograph) leaves everything undefined.
+        clip_t_unheard: of the photographs with the prompts, as ``measure.unheard`` has it; None: no forgetting.
         drift_weight: how much drift costs.
         patience: stop when fidelity has not risen in that many evaluations (None: never).
         max_drift: stop when drift passes it (None: never).
+        max_forgetting: stop when forgetting passes it (None: never).
         target: stop when fidelity reaches it (None: never).
     """
 
     def __init__(
         self,
         dino_real: float | None,
+        clip_t_unheard: float | None = None,
+        *,
         drift_weight: float = 1.0,
         patience: int | None = 3,
         max_drift: float | None = 0.5,
+        max_forgetting: float | None = 0.5,
         target: float | None = None,
     ) -> None:
-        self.real, self.weight, self.patience, self.max_drift = dino_real, drift_weight, patience, max_drift
-        self.target = target
+        self.real, self.unheard, self.weight = dino_real, clip_t_unheard, drift_weight
+        self.patience, self.max_drift, self.max_forgetting, self.target = patience, max_drift, max_forgetting, target
         self.rows: list[dict[str, Any]] = []
 
     def add(self, step: int, means: dict[str, float | None]) -> dict[str, Any]:
@@ -44,11 +51,16 @@ class Tradeoff:
 
     def fidelity(self, row: dict[str, Any]) -> float | None:
         """The share of the way to the photographs, None where undefined."""
-        return self._share(row["dino"], self.rows[0]["dino"])
+        return share(self.rows[0]["dino"], row["dino"], self.real)
 
     def drift(self, row: dict[str, Any]) -> float | None:
         """The share of the way that the class has gone to the subject, None where undefined."""
-        return self._share(row["pres"], self.rows[0]["pres"])
+        return share(self.rows[0]["pres"], row["pres"], self.real)
+
+    def forgetting(self, row: dict[str, Any]) -> float | None:
+        """The share of what the base heard of its prompts that is lost, None where undefined."""
+        lost = share(self.unheard, row["clip_t"], self.rows[0]["clip_t"])
+        return None if lost is None else 1 - lost
 
     def best(self) -> int:
         """The step of the highest score after the base, the later one of equals; the last where no score is defined."""
@@ -57,32 +69,55 @@ class Tradeoff:
 
     def verdict(self) -> str | None:
         """Why to stop now, None while there is no reason."""
-        shares = [share for row in self.rows if (share := self.fidelity(row)) is not None]
-        drift = self.drift(self.rows[-1]) if self.rows else None
-        if self.max_drift is not None and drift is not None and drift > self.max_drift:
-            return (
-                f"the class has gone {drift:.0%} of the way to the subject (more than callbacks.evaluate.max_drift="
-                f"{self.max_drift:g})"
-            )
-        if self.target is not None and shares and shares[-1] >= self.target:
-            return (
-                f"likeness has gone {shares[-1]:.0%} of the way to the photographs (callbacks.evaluate.target="
-                f"{self.target:g}): more steps would cost the rest of what the model knows"
-            )
-        if self.patience and len(shares) > self.patience + 1:
-            before, since = max(shares[: -self.patience]), max(shares[-self.patience :])
-            if since < before + LEAST_RISE:
-                return (
-                    f"likeness has not risen in {self.patience} evaluations (callbacks.evaluate.patience): "
-                    f"{before:.0%} of the way to the photographs before, {since:.0%} since"
-                )
-        return None
-
-    def _share(self, value: float | None, base: float | None) -> float | None:
-        """How far ``value`` has gone from ``base`` to the photographs; None where that is no way.
-
-        Photographs less alike than the base is to them give none: every gain would count as a loss.
-        """
-        if value is None or base is None or self.real is None or self.real - base < LEAST_WAY:
+        if not self.rows:
             return None
-        return (value - base) / (self.real - base)
+        return self._drifted() or self._forgot() or self._arrived() or self._stands_still()
+
+    def _drifted(self) -> str | None:
+        drift = self.drift(self.rows[-1])
+        if self.max_drift is None or drift is None or drift <= self.max_drift:
+            return None
+        return (
+            f"the class has gone {drift:.0%} of the way to the subject (more than callbacks.evaluate.max_drift="
+            f"{self.max_drift:g})"
+        )
+
+    def _forgot(self) -> str | None:
+        lost = self.forgetting(self.rows[-1])
+        if self.max_forgetting is None or lost is None or lost <= self.max_forgetting:
+            return None
+        return (
+            f"the pictures have gone {lost:.0%} of the way from what their prompts say to the photographs, whatever "
+            f"the prompt (more than callbacks.evaluate.max_forgetting={self.max_forgetting:g})"
+        )
+
+    def _arrived(self) -> str | None:
+        fidelity = self.fidelity(self.rows[-1])
+        if self.target is None or fidelity is None or fidelity < self.target:
+            return None
+        return (
+            f"likeness has gone {fidelity:.0%} of the way to the photographs (callbacks.evaluate.target="
+            f"{self.target:g}): more steps would cost the rest of what the model knows"
+        )
+
+    def _stands_still(self) -> str | None:
+        shares = [fidelity for row in self.rows if (fidelity := self.fidelity(row)) is not None]
+        if not self.patience or len(shares) <= self.patience + 1:
+            return None
+        before, since = max(shares[: -self.patience]), max(shares[-self.patience :])
+        if since >= before + LEAST_RISE:
+            return None
+        return (
+            f"likeness has not risen in {self.patience} evaluations (callbacks.evaluate.patience): "
+            f"{before:.0%} of the way to the photographs before, {since:.0%} since"
+        )
+
+
+def share(begin: float | None, value: float | None, end: float | None) -> float | None:
+    """How far ``value`` has gone from ``begin`` up to ``end``; None where that is no way.
+
+    Photographs less alike than the base is to them give none: every gain would count as a loss.
+    """
+    if value is None or begin is None or end is None or end - begin < LEAST_WAY:
+        return None
+    return (value - begin) / (end - begin)
