@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dreambooth.errors import UserError
-from dreambooth.parallel.layout import whole
+from dreambooth.parallel.cuts import whole
 
 
 def checked(optim: "partial[Optimizer]") -> "partial[Optimizer]":

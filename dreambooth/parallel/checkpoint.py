@@ -1,10 +1,12 @@
 """One kind of checkpoint, by parameter name: written and read by any strategy, on any number of ranks."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
@@ -16,7 +18,7 @@ FORMAT = 1
 
 
 def save(trainer: Any, module: Any, path: Path) -> None:
-    """Write all that a run needs to go on; all ranks call it at the end of the same step, the first one writes."""
+    """Write all that a run needs to go on; all ranks call it at the end of the same step and write what they hold."""
     notes: dict[str, Any] = {
         "format": FORMAT,
         "base": module.base,
@@ -34,12 +36,23 @@ def save(trainer: Any, module: Any, path: Path) -> None:
     for callback in _callbacks(trainer):
         callback.on_save_checkpoint(trainer, module, notes)
     entries = module.layout.entries()
-    if trainer.is_global_zero:
-        with atomic(path) as temporary:
-            tensors.write(temporary, entries, notes)
-    else:
-        tensors.take_part(entries)
+    with atomic(path) if trainer.is_global_zero else nullcontext() as temporary:
+        if temporary is not None:
+            tensors.begin(temporary, entries, notes)
+        _fill(trainer.strategy, path, Path(trainer.strategy.broadcast(str(temporary))), entries)
     trainer.strategy.barrier()
+
+
+def _fill(strategy: Any, path: Path, temporary: Path, entries: list[tensors.Entry]) -> None:
+    """Write the values on all ranks together; where one cannot, all raise UserError and nothing is renamed."""
+    written, failure = tensors.fill(temporary, entries)
+    written = int(strategy.reduce(torch.tensor(written, device=strategy.root_device), reduce_op="sum"))
+    if isinstance(failure, FileNotFoundError):
+        raise UserError(f"{path}: another rank began it, and it is not here: all machines have to share the run folder")
+    if failure is not None:
+        raise UserError(f"cannot write {path}: {failure.strerror}; make room or name another folder")
+    if written != (size := sum(entry.size for entry in entries)):
+        raise UserError(f"cannot write {path}: the ranks wrote {written} of {size} bytes; another one's log says why")
 
 
 def same_batch(path: Path, size: int) -> None:

@@ -1,7 +1,7 @@
 """What a rank holds of the weights that learn, their averages and the optimizer's state, and how to have them whole."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.parallel.tensors import Entry
+from dreambooth.parallel.cuts import like, local, number, parts, whole
+from dreambooth.parallel.tensors import Entry, Part
 from dreambooth.tuning.base import TEXT, swapped
 
 FIXED = ("params", "fused", "foreach", "capturable", "differentiable")  # of a group: the strategy's and not the run's
@@ -43,23 +44,36 @@ class Layout:
         return self.module._trainer is None or bool(self.module.trainer.is_global_zero)
 
     def entries(self) -> list[Entry]:
-        """All tensors of a checkpoint, each read whole when it is its turn."""
-        named = self.named()
+        """All tensors of a checkpoint, and of each the parts that this rank writes."""
+        named, single = self.named(), torch.float32
         entries = [
-            Entry(f"weights/{name}", self.shape(weight), torch.float32, partial(self.weight, weight))
+            Entry(f"weights/{name}", self.shape(weight), single, partial(self.weight_parts, weight))
             for name, weight in named.items()
         ]
         entries += [
-            Entry(f"averages/{name}", self.shape(weight), torch.float32, partial(self.average, place, weight))
+            Entry(f"averages/{name}", self.shape(weight), single, partial(self.average_parts, place, weight))
             for place, (name, weight) in enumerate(named.items())
             if self.module.ema is not None
         ]
         for name, weight in named.items():
             entries += [
-                Entry(f"optimizer/{key}/{name}", *self.size(weight, value), partial(self.state, weight, key))
+                Entry(f"optimizer/{key}/{name}", *self.size(weight, value), partial(self.state_parts, weight, key))
                 for key, value in self.states(weight).items()
             ]
         return entries
+
+    def weight_parts(self, weight: nn.Parameter) -> list[Part]:
+        """Of a parameter."""
+        return parts(weight, self.here)
+
+    def average_parts(self, place: int, weight: nn.Parameter) -> list[Part]:
+        """Of the average of the parameter of that place."""
+        return parts(self.module.ema[place], self.here)
+
+    def state_parts(self, weight: nn.Parameter, key: str) -> list[Part]:
+        """Of a value of the optimizer's state; a number is a tensor without dimensions."""
+        value = self.states(weight)[key]
+        return parts(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64), self.here)
 
     def shape(self, weight: nn.Parameter) -> tuple[int, ...]:
         """The shape of a parameter when it is whole."""
@@ -80,11 +94,6 @@ class Layout:
     def states(self, weight: nn.Parameter) -> dict[str, Any]:
         """What the optimizer keeps of a parameter, as it is held here."""
         return dict(self.optimizer.state.get(weight, {}))
-
-    def state(self, weight: nn.Parameter, key: str) -> Tensor:
-        """One value of the optimizer's state, whole; a number is a tensor without dimensions."""
-        value = self.optimizer.state[weight][key]
-        return whole(value) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
     def grad_norm(self) -> Tensor:
         """The norm of the whole gradient of the last step, before clipping."""
@@ -111,7 +120,7 @@ class Layout:
             average.copy_(named[name] if name.startswith(TEXT) else average)
 
     @torch.no_grad()
-    def set_weights(self, values: dict[str, Tensor], averages: dict[str, Tensor]) -> None:
+    def set_weights(self, values: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
         """Take weights, and averages if there are any, from whole tensors by name."""
         for place, (name, weight) in enumerate(self.named().items()):
             self.put(weight, values[name])
@@ -122,7 +131,7 @@ class Layout:
         """Write a whole tensor where this rank holds its part."""
         local(held).copy_(local(like(value, held)))
 
-    def set_states(self, values: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    def set_states(self, values: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
         """Take the optimizer's state, ``KEY/NAME``, from whole tensors, and its groups' settings."""
         of_weight: dict[int, dict[str, Any]] = {}
         named = self.named()
@@ -198,31 +207,6 @@ def layout_of(module: Any) -> Layout:
     """The layout that the module's strategy names as its ``layout``, made once."""
     kind = getattr(module.trainer.strategy, "layout", Layout)
     return module.layout if type(module.layout) is kind else kind(module)
-
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor of which each rank may hold a part, whole."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value.detach()  # type: ignore[operator]
-
-
-def local(value: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
-    return value.to_local() if hasattr(value, "to_local") else value  # type: ignore[operator]
-
-
-def like(value: Tensor, held: Any) -> Tensor:
-    """A whole tensor, cut as ``held`` is, and on its device. Nothing is sent: every rank has it whole."""
-    if not hasattr(held, "device_mesh"):
-        return value.to(held.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
-
-
-def number(value: Tensor) -> float | int:
-    """A number of the optimizer's state, as it was."""
-    found = value.item()
-    return int(found) if found == int(found) else found
 
 
 def shell(network: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054): moments, gradients and weights cut over the ranks."""
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from dreambooth.errors import UserError
 from dreambooth.parallel.checks import check_cut
-from dreambooth.parallel.layout import Sharded, number
+from dreambooth.parallel.cuts import number
+from dreambooth.parallel.layout import Sharded
+from dreambooth.parallel.tensors import Part
 
 
 class ZeroLayout(Sharded):
@@ -62,17 +65,31 @@ class ZeroLayout(Sharded):
     def states(self, weight: nn.Parameter) -> dict[str, Any]:
         return dict(self.optimizer.state.get(self.pieces[0], {}))
 
-    def state(self, weight: nn.Parameter, key: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
+    def weight_parts(self, weight: nn.Parameter) -> list[Part]:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if self.cuts_weights:
+            return self.own_part(weight, safe_get_local_fp32_param(weight))
+        return parts_in(weight, self.pieces)
+
+    def average_parts(self, place: int, weight: nn.Parameter) -> list[Part]:
+        return parts_in(weight, list(self.module.ema))
+
+    def state_parts(self, weight: nn.Parameter, key: str) -> list[Part]:
+        from deepspeed.utils import safe_get_local_optimizer_state
 
         value = self.states(weight)[key]
-        if not isinstance(value, Tensor):
-            return torch.tensor(value, dtype=torch.float64)
-        if value.shape != self.pieces[0].shape:
-            return value
+        if not isinstance(value, Tensor) or value.shape != self.pieces[0].shape:
+            return super().state_parts(weight, key)
         if self.cuts_weights:
-            return safe_get_full_optimizer_state(weight, key)
-        return gather(weight, [self.optimizer.state[piece][key] for piece in self.pieces])
+            return self.own_part(weight, safe_get_local_optimizer_state(weight, key))
+        return parts_in(weight, [self.optimizer.state[piece][key] for piece in self.pieces])
+
+    def own_part(self, weight: nn.Parameter, held: Tensor) -> list[Part]:
+        """What this rank holds of a parameter at stage 3, without what fills up the last part."""
+        begin = self.module.trainer.global_rank * held.numel()
+        count = max(0, min(held.numel(), weight.ds_numel - begin))  # type: ignore[attr-defined]
+        return [(begin, held[:count])] if count else []
 
     def grad_norm(self) -> Tensor:
         return torch.as_tensor(float(self.module.trainer.strategy.model.get_global_grad_norm()))
@@ -86,23 +103,24 @@ class ZeroLayout(Sharded):
         torch._foreach_lerp_(list(self.module.ema), self.pieces, 1 - decay)
 
     @torch.no_grad()
-    def set_weights(self, values: dict[str, Tensor], averages: dict[str, Tensor]) -> None:
+    def set_weights(self, values: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_local_fp32_param
 
         for name, weight in self.named().items():
+            value = values[name]
             if self.cuts_weights:
                 with GatheredParameters([weight], modifier_rank=0):
-                    weight.copy_(values[name])
-                safe_set_local_fp32_param(weight, self.part(weight, values[name]))
+                    weight.copy_(value)
+                safe_set_local_fp32_param(weight, self.part(weight, value))
             else:
-                weight.copy_(values[name])
-                scatter(weight, values[name], self.pieces)
+                weight.copy_(value)
+                scatter(weight, value, self.pieces)
                 if self.module.ema is not None:
                     scatter(weight, averages[name], list(self.module.ema))
 
     @torch.no_grad()
-    def set_states(self, values: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    def set_states(self, values: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
         from deepspeed.utils import safe_set_local_optimizer_state
 
         named, state = self.named(), self.optimizer.state
@@ -204,6 +222,14 @@ def gather(weight: nn.Parameter, pieces: list[Tensor]) -> Tensor:
         flat.narrow(*here).copy_(there)
     torch.distributed.all_reduce(flat)
     return flat.view_as(weight)
+
+
+def parts_in(weight: nn.Parameter, pieces: list[Tensor]) -> list[Part]:
+    """What this rank holds of a parameter, in flat pieces that lie as the masters do (stages 1 and 2)."""
+    if weight._hp_mapping is None:  # type: ignore[attr-defined]
+        return []
+    (_, begin, _), values = _places(weight, pieces)
+    return [(begin, values)]
 
 
 def scatter(weight: nn.Parameter, value: Tensor, pieces: list[Tensor]) -> None:
