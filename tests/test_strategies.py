@@ -35,7 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp": {"tuning": "lora", "accumulate": 2, "size": 4},
     "deepspeed_1": {"clip": None, "prior": False},
     "deepspeed_2": {"tuning": "lora", "accumulate": 2, "size": 4},
+    "deepspeed_2_offload": {"accumulate": 2, "size": 4},
     "deepspeed_3": {"ema": None, "module": {"gradient_checkpointing": True}},
+    "deepspeed_3_offload": {"ema": None},
 }
 UNCACHED = {"ema": None, "photos": Path("photos")}  # as with use_cached_latents=false
 EXHAUSTIVE: list[tuple[str, dict[str, Any]]] = [
@@ -44,8 +46,6 @@ EXHAUSTIVE: list[tuple[str, dict[str, Any]]] = [
     ("deepspeed_2", {"module": {"text": True, "gradient_checkpointing": True}}),
     ("deepspeed_3", {"ema": None, "tuning": "lora", "accumulate": 2, "size": 4, "module": {"text": True}}),
     ("deepspeed_3", {"ema": None, "clip": None, "prior": False}),
-    ("deepspeed_2_offload", {"accumulate": 2, "size": 4}),
-    ("deepspeed_3_offload", {"ema": None}),
     *((strategy, UNCACHED) for strategy in ("fsdp", "deepspeed_2", "deepspeed_3")),
     *((strategy, {"ema": None, "precision": "bf16-mixed"}) for strategy in ("fsdp", "deepspeed_2", "deepspeed_3")),
     *((strategy, {"tuning": "lora"}) for strategy in ("ddp", "deepspeed_1", "deepspeed_2_offload")),
@@ -192,6 +192,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny_sd: Path, tmp_path: 
     untouched = dict(strategies.make_module(job).learned.named_parameters())
     for name, value in read(tmp_path / "checkpoints/step_000002.ckpt", "weights/").items():
         assert torch.equal(value, untouched[name]), name
+
+
+def test_where_there_is_no_room_all_ranks_say_so_and_stop(tiny_sd: Path, small_disk: Path, tmp_path: Path) -> None:
+    pair = Job(tiny_sd, tmp_path / "run", "fsdp", 2, steps=2, size=1, ema=None)
+    pair.folder.mkdir()
+    (pair.folder / "checkpoints").symlink_to(small_disk)
+    processes = strategies.start(pair)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [1, 1]
+    for rank in range(2):
+        assert "UserError: cannot write" in (pair.folder / f"rank{rank}.log").read_text()
+    assert list(small_disk.iterdir()) == []
 
 
 def test_the_command_goes_on_with_other_ranks(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:

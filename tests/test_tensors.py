@@ -1,6 +1,7 @@
 """Tensors written by all ranks together, in a format that others read."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from dreambooth import UserError
+from dreambooth.parallel import checkpoint
 from dreambooth.parallel.cuts import parts
 from dreambooth.parallel.tensors import Entry, Part, begin, fill, read, read_notes
 
@@ -75,6 +78,14 @@ def test_who_cannot_write_goes_on_with_the_others(tmp_path: Path) -> None:
     own = [Entry(name, (1,), torch.float32, lambda name=name: asked.append(name) or []) for name in "ab"]
     written, failure = fill(tmp_path / "absent", own)
     assert (written, type(failure), asked) == (0, FileNotFoundError, ["a", "b"])
+
+
+def test_a_rank_that_does_not_share_the_run_folder_says_so(tmp_path: Path) -> None:
+    alone = SimpleNamespace(
+        root_device="cpu", broadcast=lambda _: str(tmp_path / "elsewhere" / "some.tmp"), reduce=lambda count, **_: count
+    )
+    with pytest.raises(UserError, match=r"some\.ckpt: another rank began it.*share the run folder$"):
+        checkpoint._write(alone, tmp_path / "some.ckpt", None, entries(), {})
 
 
 @pytest.mark.parametrize(("shape", "placements"), [((4,), [Shard(0)]), ((2, 3), [Replicate(), Shard(0)])])

@@ -37,22 +37,30 @@ def save(trainer: Any, module: Any, path: Path) -> None:
         callback.on_save_checkpoint(trainer, module, notes)
     entries = module.layout.entries()
     with atomic(path) if trainer.is_global_zero else nullcontext() as temporary:
-        if temporary is not None:
-            tensors.begin(temporary, entries, notes)
-        _fill(trainer.strategy, path, Path(trainer.strategy.broadcast(str(temporary))), entries)
+        _write(trainer.strategy, path, temporary, entries, notes)
     trainer.strategy.barrier()
 
 
-def _fill(strategy: Any, path: Path, temporary: Path, entries: list[tensors.Entry]) -> None:
-    """Write the values on all ranks together; where one cannot, all raise UserError and nothing is renamed."""
-    written, failure = tensors.fill(temporary, entries)
-    written = int(strategy.reduce(torch.tensor(written, device=strategy.root_device), reduce_op="sum"))
+def _write(
+    strategy: Any, path: Path, temporary: Path | None, entries: list[tensors.Entry], notes: dict[str, Any]
+) -> None:
+    """Write on all ranks together; where one cannot, all raise UserError and nothing is renamed."""
+    begun = None
+    if temporary is not None:
+        try:
+            tensors.begin(temporary, entries, notes)
+        except OSError as error:
+            begun = error
+    written, failure = tensors.fill(Path(strategy.broadcast(str(temporary))), entries)
+    failure = begun or failure
+    mine = torch.tensor(-1 if failure else written, device=strategy.root_device)
+    everyones = int(strategy.reduce(mine, reduce_op="sum"))
     if isinstance(failure, FileNotFoundError):
         raise UserError(f"{path}: another rank began it, and it is not here: all machines have to share the run folder")
     if failure is not None:
         raise UserError(f"cannot write {path}: {failure.strerror}; make room or name another folder")
-    if written != (size := sum(entry.size for entry in entries)):
-        raise UserError(f"cannot write {path}: the ranks wrote {written} of {size} bytes; another one's log says why")
+    if everyones != sum(entry.size for entry in entries):
+        raise UserError(f"cannot write {path}: another rank's log says why")
 
 
 def same_batch(path: Path, size: int) -> None:

@@ -26,7 +26,7 @@ def parts(value: Tensor, first: bool) -> list[Part]:
     where = list(zip(value.placements, value.device_mesh.get_coordinate(), value.device_mesh.shape, strict=True))  # type: ignore[attr-defined]
     cuts = [(place, ranks) for kind, place, ranks in where if kind == Shard(0)]
     if len(cuts) != 1 or any(kind not in (Shard(0), Replicate()) for kind, *_ in where):
-        return parts(whole(value), first)  # factors of Adafactor, say
+        return parts(whole(value), first)  # what an optimizer keeps beside moments, say
     if any(place for kind, place, _ in where if kind == Replicate()):
         return []
     place, ranks = cuts[0]
