@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoint         # a UNet of 38 million parameters with AdamW; 2 GB of memory
 
-DeepSpeed's folder has a file of each rank, so it sends nothing. It is pickled, which is why no run reads one.
+Both are a file of each rank. DeepSpeed's are pickled, which is why no run reads one, and for as many ranks only.
 """
 
 import os

@@ -131,19 +131,27 @@ def atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _share(temporary)
-        if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
+        if temporary.is_dir() or path.is_dir():
+            remove(path)
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        elif path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            remove(temporary)
         # On a full disk torch.save and safetensors raise errors of their own.
+        if isinstance(error, UserError):
+            raise
         if isinstance(error, OSError) or any(sign in str(error) for sign in WRITE_ERRORS):
             reason = getattr(error, "strerror", None) or "no space left on the device?"
             raise UserError(f"cannot write {path}: {reason}; make room or name another folder") from error
         raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _share(path: Path) -> None:
@@ -169,10 +177,7 @@ def sweep(folder: Path, shared: bool = True) -> None:
                 raise ProcessLookupError
             os.kill(number, 0)
         except ProcessLookupError:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
         except (PermissionError, ValueError):
             continue
 

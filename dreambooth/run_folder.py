@@ -59,8 +59,7 @@ IRRELEVANT = (
     "trainer.log_every_n_steps=*",
 )
 GOALS = ("trainer.max_steps", "trainer.max_epochs")  # may be raised in a folder that exists
-# May be changed there, too.
-STOPS = tuple(f"callbacks.evaluate.{name}" for name in ("patience", "max_drift", "max_forgetting", "target"))
+STOPS = tuple(f"callbacks.evaluate.{name}" for name in ("patience", "max_drift", "max_forgetting", "target"))  # too
 # May differ in a folder that exists: how the ranks share the work. Its sum, the global batch, is in the checkpoints.
 SHARING = (
     "trainer.accelerator",
@@ -178,7 +177,7 @@ def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     if not raised and not refused and (folder / SUMMARY).exists():
         summary = json.loads((folder / SUMMARY).read_text())
         more = " ".join(f"{key}=null" for key in STOPS) if summary.get("stopped") else "a higher trainer.max_steps"
-        if not (loosened and summary.get("stopped")):
+        if not summary.get("stopped") or all(changed[key][0] == MISSING for key in loosened):  # a run from before a key
             told = "%s is finished (%s steps): to train on, type hydra.run.dir=%s and %s; to begin afresh, resume=false"
             log.info(told, folder, summary["steps"], folder, more)
             return dict(summary)

@@ -305,7 +305,8 @@ def test_training_stops_when_the_prompts_are_forgotten():
     assert "80% of the way from what their prompts say to the photographs" in heard(0.7, 0.46).verdict()
     assert "max_forgetting=0.5" in heard(0.7, 0.46).verdict()
     assert heard(0.7, 0.75).forgetting({"clip_t": 0.75}) < 0  # more than the base heard
-    for undefined in (heard(0.7, 0.3, limit=None), heard(0.7, 0.3, unheard=None), heard(0.3, 0.1), heard(0.7, None)):
+    chance = heard(0.302, 0.301, unheard=0.3)  # nothing to forget
+    for undefined in (heard(0.7, 0.3, limit=None), heard(0.7, 0.3, unheard=None), chance, heard(0.7, None)):
         assert undefined.verdict() is None
 
 

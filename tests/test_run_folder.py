@@ -80,6 +80,17 @@ def test_same_settings_go_on_finish_and_can_be_raised(tmp_path: Path) -> None:
         open_run(settings(), folder)
 
 
+def test_a_run_that_stopped_goes_on_with_another_stop_but_not_for_a_key_that_it_is_older_than(tmp_path: Path) -> None:
+    open_run(settings(callbacks__evaluate__patience=3), tmp_path)
+    (tmp_path / "metrics.csv").write_text(ROW)
+    summary = {"steps": 2, "stopped": "likeness has not risen"}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    newer = {"callbacks__evaluate__patience": 3, "callbacks__evaluate__max_forgetting": 0.5}
+    assert open_run(settings(callbacks__evaluate__patience=3), tmp_path) == Run(tmp_path, summary)
+    assert open_run(settings(**newer), tmp_path) == Run(tmp_path, summary)
+    assert open_run(settings(**newer | {"callbacks__evaluate__patience": None}), tmp_path) == Run(tmp_path)
+
+
 def test_other_settings_are_refused_by_name_and_leave_the_folder_alone(tmp_path: Path) -> None:
     open_run(settings(model__optim__lr=7), tmp_path)
     open_run(settings(), tmp_path)  # nothing but a config: that run never began

@@ -1,5 +1,7 @@
-"""Tensors written by all ranks together, in a format that others read."""
+"""Tensors that ranks write each by itself, in a format that others read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dreambooth import UserError
 from dreambooth.parallel import checkpoint
-from dreambooth.parallel.cuts import parts
-from dreambooth.parallel.tensors import Entry, Part, begin, fill, read, read_notes
+from dreambooth.parallel.cuts import part_of
+from dreambooth.parallel.tensors import Entry, Part, file_of, read, read_notes, write
 
 VALUES = {
     "a/weight": torch.randn(3, 5),
@@ -29,63 +31,82 @@ SIZE = 3 * 5 * 4 + 8 + 6 + 4 * 2
 def entries(rank: int = 0, ranks: int = 1) -> list[Entry]:
     """What one of some ranks writes of the values: the elements from its share of the way on."""
 
-    def cut(value: torch.Tensor) -> list[Part]:
+    def cut(value: torch.Tensor) -> Part | None:
         first, last = (value.numel() * place // ranks for place in (rank, rank + 1))
-        return [(first, value.flatten()[first:last])] if last > first else []
+        return (first, value.flatten()[first:last]) if last > first or not (value.numel() or rank) else None
 
     return [Entry(name, tuple(value.shape), value.dtype, lambda v=value: cut(v)) for name, value in VALUES.items()]
 
 
-def write(path: Path) -> None:
-    begin(path, entries(), {"step": 3, "name": "é"})
-    assert fill(path, entries()) == (SIZE, None)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_others_read_what_all_ranks_wrote(tmp_path: Path, ranks: int) -> None:
+def test_others_read_a_file_that_one_rank_wrote(tmp_path: Path) -> None:
     path = tmp_path / "some.ckpt"
-    begin(path, entries(0, ranks), {"step": 3, "name": "é"})
-    assert sum(fill(path, entries(rank, ranks))[0] for rank in reversed(range(ranks))) == SIZE
+    assert write(path, entries(), {"step": 3, "name": "é"}) == SIZE
     assert read_notes(path) == {"step": 3, "name": "é"}
     found = load_file(path)
     assert found.keys() == VALUES.keys()
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in VALUES.items())
-    stored = read(path, "b/")
-    assert set(stored) == {"codes", "half", "nothing"}
-    assert torch.equal(stored["codes"], VALUES["b/codes"])
+    assert set(read(path, "b/")) == {"codes", "half", "nothing"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5, 20])
+def test_a_folder_of_parts_is_read_as_a_whole(tmp_path: Path, ranks: int) -> None:
+    size = sum(write(file_of(tmp_path, rank, ranks), entries(rank, ranks), {"rank": rank}) for rank in range(ranks))
+    assert size == SIZE
+    assert read_notes(tmp_path) == {"rank": 0}
+    found = read(tmp_path, "")
+    assert set(found) == set(VALUES)
+    for name, value in VALUES.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
 
 
 def test_a_file_cut_short_is_no_file(tmp_path: Path) -> None:
     path = tmp_path / "some.ckpt"
-    write(path)
+    write(path, entries(), {})
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(Exception, match=r"(?i)incomplete|header"):
         read_notes(path)
 
 
-def test_nothing_is_written_beside_its_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_folder_without_one_of_its_files_is_no_checkpoint(tmp_path: Path, lost: int) -> None:
+    for rank in range(3):
+        write(file_of(tmp_path, rank, 3), entries(rank, 3), {})
+    file_of(tmp_path, lost, 3).unlink()
+    with pytest.raises(FileNotFoundError, match="lacks files of ranks: there are 2"):
+        read_notes(tmp_path)
+    with pytest.raises(ValueError, match="weight: 10 of 15 elements"):
+        read(tmp_path, "a/")["weight"]
+
+
+def test_a_tensor_with_a_hole_is_not_read(tmp_path: Path) -> None:
+    write(file_of(tmp_path, 0, 1), [Entry("weight", (3,), torch.float32, lambda: (1, torch.ones(2)))], {})
+    with pytest.raises(ValueError, match="weight: 2 of 3 elements"):
+        read(tmp_path, "")["weight"]
+
+
+@pytest.mark.parametrize(("begin", "count"), [(0, 3), (1, 2), (-1, 1)])
+def test_no_part_reaches_out_of_its_tensor(tmp_path: Path, begin: int, count: int) -> None:
+    with pytest.raises(RuntimeError, match="a: elements"):
+        write(tmp_path / "some", [Entry("a", (2,), torch.float32, lambda: (begin, torch.zeros(count)))], {})
+
+
+def test_what_was_read_outlives_the_file(tmp_path: Path) -> None:
     path = tmp_path / "some.ckpt"
-    for start, values in ((0, torch.zeros(3)), (1, torch.zeros(2)), (-1, torch.zeros(1))):
-        wrong = [Entry("a", (2,), torch.float32, lambda start=start, values=values: [(start, values)])]
-        begin(path, wrong, {})
-        with pytest.raises(RuntimeError, match="a: elements"):
-            fill(path, wrong)
-
-
-def test_who_cannot_write_goes_on_with_the_others(tmp_path: Path) -> None:
-    """Some parts are put together by all ranks: whoever stopped at an error would leave them waiting."""
-    asked = []
-    own = [Entry(name, (1,), torch.float32, lambda name=name: asked.append(name) or []) for name in "ab"]
-    written, failure = fill(tmp_path / "absent", own)
-    assert (written, type(failure), asked) == (0, FileNotFoundError, ["a", "b"])
+    write(path, entries(), {})
+    value = read(path, "a/")["weight"]
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(value, VALUES["a/weight"])
 
 
 def test_a_rank_that_does_not_share_the_run_folder_says_so(tmp_path: Path) -> None:
-    alone = SimpleNamespace(
+    strategy = SimpleNamespace(
         root_device="cpu", broadcast=lambda _: str(tmp_path / "elsewhere" / "some.tmp"), reduce=lambda count, **_: count
     )
+    rank = SimpleNamespace(strategy=strategy, global_rank=1, world_size=2)
+    layout = SimpleNamespace(cut=True, entries=entries)
     with pytest.raises(UserError, match=r"some\.ckpt: another rank began it.*share the run folder$"):
-        checkpoint._write(alone, tmp_path / "some.ckpt", None, entries(), {})
+        checkpoint._write(rank, tmp_path / "some.ckpt", None, layout, {})
 
 
 @pytest.mark.parametrize(("shape", "placements"), [((4,), [Shard(0)]), ((2, 3), [Replicate(), Shard(0)])])
@@ -95,21 +116,35 @@ def test_ranks_write_every_row_of_a_tensor_that_is_cut_once(shape, placements, s
     found = torch.full((value.numel(),), float("nan"))
     ranks = torch.Size(shape).numel()
     for rank in range(ranks):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-        try:
+        with rank_of(rank, ranks):
             mesh = init_device_mesh("cpu", shape)
             held = distribute_tensor(value, mesh, placements, src_data_rank=None)
-            for start, values in parts(held, rank == 0):
-                assert found[start : start + len(values)].isnan().all()
-                found[start : start + len(values)] = values
-        finally:
-            dist.destroy_process_group()
+            begin, values = part_of(held, rank == 0) or (0, [])
+        assert all(found[begin : begin + len(values)].isnan())
+        found[begin : begin + len(values)] = torch.as_tensor(values)
     assert torch.equal(found.view_as(value), value)
+
+
+def test_a_tensor_that_is_cut_by_columns_is_refused() -> None:
+    with rank_of(0, 2):
+        held = distribute_tensor(torch.ones(2, 4), init_device_mesh("cpu", (2,)), [Shard(1)], src_data_rank=None)
+        with pytest.raises(NotImplementedError, match="Shard"):
+            part_of(held, first=True)
+
+
+@contextmanager
+def rank_of(rank: int, ranks: int) -> Iterator[None]:
+    """This process as one of some that are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_first_rank_writes_what_all_have() -> None:
     value = torch.randn(2, 2)
-    assert parts(value, first=False) == []
-    [(start, values)] = parts(value, first=True)
-    assert start == 0
+    assert part_of(value, first=False) is None
+    begin, values = part_of(value, first=True)
+    assert begin == 0
     assert torch.equal(values, value.flatten())

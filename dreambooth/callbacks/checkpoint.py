@@ -6,7 +6,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from dreambooth.errors import UserError
-from dreambooth.files import sweep
+from dreambooth.files import remove, sweep
 from dreambooth.parallel.checkpoint import save
 from dreambooth.parallel.tensors import read_notes
 
@@ -17,7 +17,7 @@ FOLDER = "checkpoints"  # in the run folder, which is the trainer's default_root
 class Checkpoint(pl.callbacks.Checkpoint):
     """Saves ``checkpoints/step_000100.ckpt`` every ``every_n_train_steps`` and at the end.
 
-    Keeps the ``save_last_k`` newest (-1: all). A file holds what learns, its averages, the optimizer, the schedule and
+    Keeps the ``save_last_k`` newest (-1: all). It holds what learns, its averages, the optimizer, the schedule and
     the step by name (``parallel/checkpoint.py``), so that another strategy or number of ranks can go on from it, and no
     frozen weights. (Lightning runs callbacks of this base class after all others.)
     """
@@ -41,7 +41,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Save this step, once; called by every rank, written by one."""
+        """Save this step, once; every rank calls it."""
         if self.saved == trainer.global_step:
             return
         self.saved = trainer.global_step
@@ -51,7 +51,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
             # A newer one is damaged, or this run would have gone on from it: never in the place of this one.
             own = [path for path in checkpoints(folder) if int(path.stem[5:]) <= self.saved]
             for old in own[: -self.save_last_k]:
-                old.unlink()
+                remove(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from typing import Any
 COLUMNS = ("step", "dino", "clip_i", "clip_t", "pres", "div", "copy", "score")
 LEAST_RISE = 0.01  # of the way from base to photographs: less is noise
 LEAST_WAY = 1e-6  # from base to photographs: with less, and with photographs below the base, there are no shares of it
+LEAST_HEARD = 0.03  # of clip_t, by which the base follows prompts better than photographs do: of less, chance is most
 
 
 class Tradeoff:
@@ -17,7 +18,7 @@ class Tradeoff:
     score      = fidelity - ``drift_weight`` * max(drift, 0): a class that moved away from the subject is no merit
 
     Args:
-        dino_real: of the photographs among themselves; None (a single photograph) leaves everything undefined.
+        dino_real: of the photographs among themselves; None (a single photograph) leaves all but forgetting undefined.
         clip_t_unheard: of the photographs with the prompts, as ``measure.unheard`` has it; None: no forgetting.
         drift_weight: how much drift costs.
         patience: stop when fidelity has not risen in that many evaluations (None: never).
@@ -59,8 +60,8 @@ class Tradeoff:
 
     def forgetting(self, row: dict[str, Any]) -> float | None:
         """The share of what the base heard of its prompts that is lost, None where undefined."""
-        lost = share(self.unheard, row["clip_t"], self.rows[0]["clip_t"])
-        return None if lost is None else 1 - lost
+        kept = share(self.unheard, row["clip_t"], self.rows[0]["clip_t"], LEAST_HEARD)
+        return None if kept is None else 1 - kept
 
     def best(self) -> int:
         """The step of the highest score after the base, the later one of equals; the last where no score is defined."""
@@ -113,11 +114,11 @@ class Tradeoff:
         )
 
 
-def share(begin: float | None, value: float | None, end: float | None) -> float | None:
-    """How far ``value`` has gone from ``begin`` up to ``end``; None where that is no way.
+def share(begin: float | None, value: float | None, end: float | None, least: float = LEAST_WAY) -> float | None:
+    """How far ``value`` has gone from ``begin`` (0) up to ``end`` (1), or beyond; None if that is less than ``least``.
 
     Photographs less alike than the base is to them give none: every gain would count as a loss.
     """
-    if value is None or begin is None or end is None or end - begin < LEAST_WAY:
+    if value is None or begin is None or end is None or end - begin < least:
         return None
     return (value - begin) / (end - begin)

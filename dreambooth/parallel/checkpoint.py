@@ -18,7 +18,11 @@ FORMAT = 1
 
 
 def save(trainer: Any, module: Any, path: Path) -> None:
-    """Write all that a run needs to go on; all ranks call it at the end of the same step and write what they hold."""
+    """Write all that a run needs to go on; all ranks call it at the end of the same step and write what they hold.
+
+    One file where every rank holds all, which the first one writes; else a folder with a file of each.
+    Raises UserError, on all ranks, when one cannot write.
+    """
     notes: dict[str, Any] = {
         "format": FORMAT,
         "base": module.base,
@@ -35,24 +39,27 @@ def save(trainer: Any, module: Any, path: Path) -> None:
     }
     for callback in _callbacks(trainer):
         callback.on_save_checkpoint(trainer, module, notes)
-    entries = module.layout.entries()
     with atomic(path) if trainer.is_global_zero else nullcontext() as temporary:
-        _write(trainer.strategy, path, temporary, entries, notes)
+        _write(trainer, path, temporary, module.layout, notes)
     trainer.strategy.barrier()
 
 
-def _write(
-    strategy: Any, path: Path, temporary: Path | None, entries: list[tensors.Entry], notes: dict[str, Any]
-) -> None:
-    """Write on all ranks together; where one cannot, all raise UserError and nothing is renamed."""
-    begun = None
-    if temporary is not None:
+def _write(trainer: Any, path: Path, temporary: Path | None, layout: Any, notes: dict[str, Any]) -> None:
+    """Write on all ranks; where one cannot, all raise UserError and nothing is renamed."""
+    entries, strategy, failure, written = layout.entries(), trainer.strategy, None, 0
+    try:
+        if temporary is not None and layout.cut:
+            temporary.mkdir()
+    except OSError as error:
+        failure = error
+    shared = strategy.broadcast("" if failure else str(temporary))
+    if shared and (layout.cut or temporary is not None):
+        place = Path(shared)
         try:
-            tensors.begin(temporary, entries, notes)
+            own = tensors.file_of(place, trainer.global_rank, trainer.world_size) if layout.cut else place
+            written = tensors.write(own, entries, notes)
         except OSError as error:
-            begun = error
-    written, failure = tensors.fill(Path(strategy.broadcast(str(temporary))), entries)
-    failure = begun or failure
+            failure = error
     mine = torch.tensor(-1 if failure else written, device=strategy.root_device)
     everyones = int(strategy.reduce(mine, reduce_op="sum"))
     if isinstance(failure, FileNotFoundError):

@@ -17,22 +17,25 @@ def local(value: Tensor) -> Tensor:
     return value.to_local() if hasattr(value, "to_local") else value  # type: ignore[operator]
 
 
-def parts(value: Tensor, first: bool) -> list[Part]:
-    """What this rank writes of a tensor: the first one all of it, or each what it holds where it is cut by rows."""
+def part_of(value: Tensor, first: bool) -> Part | None:
+    """What this rank writes of a tensor: the first one all of it; of one that is cut by rows, each what it holds.
+
+    Of groups of ranks that hold the same, the first one's. Raises NotImplementedError for other cuts.
+    """
     if not hasattr(value, "device_mesh"):
-        return [(0, value.detach().flatten())] if first else []
+        return (0, value.detach().flatten()) if first else None
     from torch.distributed.tensor import Replicate, Shard
 
     where = list(zip(value.placements, value.device_mesh.get_coordinate(), value.device_mesh.shape, strict=True))  # type: ignore[attr-defined]
     cuts = [(place, ranks) for kind, place, ranks in where if kind == Shard(0)]
     if len(cuts) != 1 or any(kind not in (Shard(0), Replicate()) for kind, *_ in where):
-        return parts(whole(value), first)  # what an optimizer keeps beside moments, say
+        raise NotImplementedError(f"a tensor that is cut as {value.placements}")  # type: ignore[attr-defined]
     if any(place for kind, place, _ in where if kind == Replicate()):
-        return []
+        return None
     place, ranks = cuts[0]
     rows = -(-value.shape[0] // ranks)  # as torch.chunk cuts: the last ranks may have less, or nothing
     begin = min(place * rows, value.shape[0])
-    return [(begin * value.shape[1:].numel(), local(value).detach().flatten())]
+    return begin * value.shape[1:].numel(), local(value).detach().flatten()
 
 
 def like(value: Tensor, held: Any) -> Tensor:

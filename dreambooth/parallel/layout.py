@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.parallel.cuts import like, local, number, parts, whole
+from dreambooth.parallel.cuts import like, local, number, part_of, whole
 from dreambooth.parallel.tensors import Entry, Part
 from dreambooth.tuning.base import TEXT, swapped
 
@@ -23,6 +23,7 @@ class Layout:
     whatever the strategy. All ranks call each method together, with the same arguments.
     """
 
+    cut = False  # whether a rank holds a part only
     clips = False  # whether the strategy clips gradients and skips what is not finite by itself
 
     def __init__(self, module: Any) -> None:
@@ -44,36 +45,36 @@ class Layout:
         return self.module._trainer is None or bool(self.module.trainer.is_global_zero)
 
     def entries(self) -> list[Entry]:
-        """All tensors of a checkpoint, and of each the parts that this rank writes."""
+        """All tensors of a checkpoint, and of each what this rank writes."""
         named, single = self.named(), torch.float32
         entries = [
-            Entry(f"weights/{name}", self.shape(weight), single, partial(self.weight_parts, weight))
+            Entry(f"weights/{name}", self.shape(weight), single, partial(self.weight_part, weight))
             for name, weight in named.items()
         ]
         entries += [
-            Entry(f"averages/{name}", self.shape(weight), single, partial(self.average_parts, place, weight))
+            Entry(f"averages/{name}", self.shape(weight), single, partial(self.average_part, place, weight))
             for place, (name, weight) in enumerate(named.items())
             if self.module.ema is not None
         ]
         for name, weight in named.items():
             entries += [
-                Entry(f"optimizer/{key}/{name}", *self.size(weight, value), partial(self.state_parts, weight, key))
+                Entry(f"optimizer/{key}/{name}", *self.size(weight, value), partial(self.state_part, weight, key))
                 for key, value in self.states(weight).items()
             ]
         return entries
 
-    def weight_parts(self, weight: nn.Parameter) -> list[Part]:
-        """Of a parameter."""
-        return parts(weight, self.here)
+    def weight_part(self, weight: nn.Parameter) -> Part | None:
+        """What this rank writes of a parameter."""
+        return part_of(weight, self.here)
 
-    def average_parts(self, place: int, weight: nn.Parameter) -> list[Part]:
-        """Of the average of the parameter of that place."""
-        return parts(self.module.ema[place], self.here)
+    def average_part(self, place: int, weight: nn.Parameter) -> Part | None:
+        """What it writes of the average of the parameter of that place."""
+        return part_of(self.module.ema[place], self.here)
 
-    def state_parts(self, weight: nn.Parameter, key: str) -> list[Part]:
-        """Of a value of the optimizer's state; a number is a tensor without dimensions."""
+    def state_part(self, weight: nn.Parameter, key: str) -> Part | None:
+        """What it writes of a value of the optimizer's state; a number is a tensor without dimensions."""
         value = self.states(weight)[key]
-        return parts(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64), self.here)
+        return part_of(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64), self.here)
 
     def shape(self, weight: nn.Parameter) -> tuple[int, ...]:
         """The shape of a parameter when it is whole."""
@@ -178,6 +179,8 @@ class Sharded(Layout):
     The first rank also holds, on the CPU, the frozen weights of the networks in which something learns, and their
     shells without the weights that learn; these are put in for as long as pictures are drawn or files written.
     """
+
+    cut = True
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)

@@ -1,7 +1,8 @@
-"""Tensors by name in one safetensors file, which all ranks write together: each its parts, where they belong.
+"""Tensors by name: one safetensors file, or a folder with a file of each rank.
 
-Nothing is sent between ranks and nobody holds a whole tensor, as in a folder with a file of each rank; but any number
-of ranks can read the one file that comes of it, and so can any program that knows the format.
+A rank writes what it holds. Of a tensor that is cut over ranks that is a part, stored flat, and ``places`` in the
+metadata of the file says where it begins and what shape the whole has. So nothing is sent, nobody holds a copy of the
+whole, and no file is written by two machines; yet any number of ranks can read what any other number has written.
 """
 
 import json
@@ -20,20 +21,17 @@ CODES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
-Part = tuple[int, Tensor]  # where it begins in the whole tensor, in elements, and its values, flat
+Part = tuple[int, Tensor]  # where it begins in the whole tensor, flat, in elements; and its values, flat
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its name and size when it is whole, and ``parts``, those of it that this rank writes.
-
-    All ranks call ``parts`` in the same order, as some of them have to be put together first.
-    """
+    """A tensor to be written: its name, its size when it is whole, and ``part``, what this rank writes of it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: Callable[[], list[Part]]
+    part: Callable[[], Part | None]
 
     @property
     def count(self) -> int:
@@ -46,89 +44,95 @@ class Entry:
         return self.dtype.itemsize * self.count
 
 
-def begin(path: Path, entries: list[Entry], notes: dict[str, Any]) -> None:
-    """Write the head of a file, with ``notes`` as JSON, and leave room for the entries; one rank does.
+def file_of(folder: Path, rank: int, ranks: int) -> Path:
+    """The file of a rank in a folder."""
+    return folder / f"rank-{rank + 1:05d}-of-{ranks:05d}.safetensors"
 
+
+def write(path: Path, entries: list[Entry], notes: dict[str, Any]) -> int:
+    """Write this rank's parts of the entries, one at a time, and ``notes`` as JSON; return the bytes of the values.
+
+    Raises RuntimeError for a part that reaches out of its tensor, OSError.
     Source: https://github.com/huggingface/safetensors, "Format": 8 bytes of length, a JSON header, the values.
     """
-    header: dict[str, Any] = {"__metadata__": {"notes": json.dumps(notes)}}
+    header: dict[str, Any] = {}
+    places: dict[str, Any] = {}
     end = 0
     for entry in entries:
-        start, end = end, end + entry.size
-        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": (start, end)}
+        begin, values = entry.part() or (0, torch.empty(0))
+        count, begins = values.numel(), end
+        if not 0 <= begin <= begin + count <= entry.count:
+            raise RuntimeError(f"{entry.name}: elements {begin} to {begin + count} of {entry.count}")
+        if count or not entry.count:
+            end += count * entry.dtype.itemsize
+            shape = entry.shape if count == entry.count else (count,)
+            header[entry.name] = {"dtype": CODES[entry.dtype], "shape": shape, "data_offsets": (begins, end)}
+        if 0 < count < entry.count:
+            places[entry.name] = (begin, entry.shape)
+    header["__metadata__"] = {"notes": json.dumps(notes), "places": json.dumps(places)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(file.tell() + end)
-        os.fsync(file.fileno())  # other machines see its size before they write
-
-
-def fill(path: Path, entries: list[Entry]) -> tuple[int, OSError | None]:
-    """Write this rank's parts; all ranks do, after ``begin``. How many bytes they were, and what kept it from the rest.
-
-    An error is no reason to leave the others alone with the parts that all ranks put together.
-    """
-    try:
-        file = path.open("r+b", buffering=0)
-    except OSError as error:
         for entry in entries:
-            entry.parts()
-        return 0, error
-    with file:
-        return _fill(file, entries)
-
-
-def _fill(file: Any, entries: list[Entry]) -> tuple[int, OSError | None]:
-    written, failure = 0, None
-    place = 8 + int.from_bytes(file.read(8), "little")
-    for entry in entries:
-        for start, values in entry.parts():
-            if start < 0 or start + values.numel() > entry.count:
-                raise RuntimeError(f"{entry.name}: elements {start} to {start + values.numel()} of {entry.count}")
-            try:
-                written += 0 if failure else _put(file, place + start * entry.dtype.itemsize, values, entry.dtype)
-            except OSError as error:
-                failure = error
-        place += entry.size
-    try:
+            if entry.count and (part := entry.part()) is not None:
+                file.write(part[1].detach().to("cpu", entry.dtype).contiguous().view(torch.uint8).numpy().data)
+        file.flush()
         os.fsync(file.fileno())  # on the disk before it is renamed, and an older one is removed
-    except OSError as error:
-        failure = failure or error
-    return written, failure
-
-
-def _put(file: Any, place: int, values: Tensor, dtype: torch.dtype) -> int:
-    """Write values at a place of a file, and return how many bytes they are."""
-    data = values.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().data if values.numel() else b""
-    done = 0
-    while done < len(data):  # a single call writes 2 GiB at most
-        done += os.pwrite(file.fileno(), data[done:], place + done)
-    return done
-
-
-class _Stored(Mapping[str, Tensor]):
-    def __init__(self, file: Any, names: dict[str, str]) -> None:
-        self.file, self.names = file, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self.file.get_tensor(self.names[name])
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+    return end
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """The notes of a file; it is whole, or an error says what is wrong with it."""
-    with safe_open(path, "pt") as file:
-        return dict(json.loads(file.metadata()["notes"]))
+    """The notes of a file or folder; it is whole, or an error says what is wrong with it."""
+    files = _files(path)
+    if path.is_dir() and files[:1] != [file_of(path, 0, len(files))]:
+        raise FileNotFoundError(f"{path} lacks files of ranks: there are {len(files)}")
+    notes = []
+    for each in files:
+        with safe_open(each, "pt") as file:
+            notes.append(file.metadata()["notes"])
+    return dict(json.loads(notes[0]))
 
 
 def read(path: Path, prefix: str) -> Mapping[str, Tensor]:
-    """The tensors whose names begin with ``prefix``, by the rest of their names; each is read when it is asked for."""
-    file = safe_open(path, "pt")
-    return _Stored(file, {name.removeprefix(prefix): name for name in list(file.keys()) if name.startswith(prefix)})
+    """The tensors whose names begin with ``prefix``, by the rest of their names, on the CPU; each read when asked for.
+
+    The files stay open while the mapping is held. Asking raises KeyError, and ValueError where a part is missing.
+    """
+    found: dict[str, list[Any]] = {}
+    for each in _files(path):
+        file = safe_open(each, "pt")
+        places = json.loads(file.metadata()["places"])
+        for name in list(file.keys()):
+            if name.startswith(prefix):
+                found.setdefault(name.removeprefix(prefix), []).append((file, name, places.get(name)))
+    return _Stored(found)
+
+
+class _Stored(Mapping[str, Tensor]):
+    def __init__(self, found: dict[str, list[Any]]) -> None:
+        self.found = found
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, key, place = self.found[name][0]
+        if place is None:  # a copy: pages of the file itself would keep it on the disk when it is pruned
+            tensor: Tensor = file.get_tensor(key).clone()
+            return tensor
+        whole, seen = torch.empty(torch.Size(place[1]).numel(), dtype=file.get_tensor(key).dtype), 0
+        for file, key, (begin, _) in self.found[name]:
+            values = file.get_tensor(key)
+            whole[begin : begin + len(values)] = values
+            seen += len(values)
+        if seen != len(whole):
+            raise ValueError(f"{name}: {seen} of {len(whole)} elements")
+        return whole.view(place[1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.glob("rank-*.safetensors")) if path.is_dir() else [path]

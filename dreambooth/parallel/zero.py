@@ -65,31 +65,31 @@ class ZeroLayout(Sharded):
     def states(self, weight: nn.Parameter) -> dict[str, Any]:
         return dict(self.optimizer.state.get(self.pieces[0], {}))
 
-    def weight_parts(self, weight: nn.Parameter) -> list[Part]:
+    def weight_part(self, weight: nn.Parameter) -> Part | None:
         from deepspeed.utils import safe_get_local_fp32_param
 
         if self.cuts_weights:
             return self.own_part(weight, safe_get_local_fp32_param(weight))
-        return parts_in(weight, self.pieces)
+        return part_in(weight, self.pieces)
 
-    def average_parts(self, place: int, weight: nn.Parameter) -> list[Part]:
-        return parts_in(weight, list(self.module.ema))
+    def average_part(self, place: int, weight: nn.Parameter) -> Part | None:
+        return part_in(weight, list(self.module.ema))
 
-    def state_parts(self, weight: nn.Parameter, key: str) -> list[Part]:
+    def state_part(self, weight: nn.Parameter, key: str) -> Part | None:
         from deepspeed.utils import safe_get_local_optimizer_state
 
         value = self.states(weight)[key]
         if not isinstance(value, Tensor) or value.shape != self.pieces[0].shape:
-            return super().state_parts(weight, key)
+            return super().state_part(weight, key)
         if self.cuts_weights:
             return self.own_part(weight, safe_get_local_optimizer_state(weight, key))
-        return parts_in(weight, [self.optimizer.state[piece][key] for piece in self.pieces])
+        return part_in(weight, [self.optimizer.state[piece][key] for piece in self.pieces])
 
-    def own_part(self, weight: nn.Parameter, held: Tensor) -> list[Part]:
+    def own_part(self, weight: nn.Parameter, held: Tensor) -> Part | None:
         """What this rank holds of a parameter at stage 3, without what fills up the last part."""
         begin = self.module.trainer.global_rank * held.numel()
         count = max(0, min(held.numel(), weight.ds_numel - begin))  # type: ignore[attr-defined]
-        return [(begin, held[:count])] if count else []
+        return (begin, held[:count]) if count else None
 
     def grad_norm(self) -> Tensor:
         return torch.as_tensor(float(self.module.trainer.strategy.model.get_global_grad_norm()))
@@ -224,12 +224,12 @@ def gather(weight: nn.Parameter, pieces: list[Tensor]) -> Tensor:
     return flat.view_as(weight)
 
 
-def parts_in(weight: nn.Parameter, pieces: list[Tensor]) -> list[Part]:
+def part_in(weight: nn.Parameter, pieces: list[Tensor]) -> Part | None:
     """What this rank holds of a parameter, in flat pieces that lie as the masters do (stages 1 and 2)."""
     if weight._hp_mapping is None:  # type: ignore[attr-defined]
-        return []
+        return None
     (_, begin, _), values = _places(weight, pieces)
-    return [(begin, values)]
+    return begin, values
 
 
 def scatter(weight: nn.Parameter, value: Tensor, pieces: list[Tensor]) -> None:
