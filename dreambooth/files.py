@@ -170,16 +170,22 @@ def sweep(folder: Path, shared: bool = True) -> None:
     """
     host = socket.gethostname()
     for path in folder.glob(f".*.{host}-*.tmp" if shared else ".*.*-*.tmp"):
-        try:
-            number = int(path.stem.rpartition("-")[2])
-            # In a container each process may have the number of the one before it.
-            if not shared and (f".{host}-" not in path.name or number == os.getpid()):
-                raise ProcessLookupError
-            os.kill(number, 0)
-        except ProcessLookupError:
+        number = path.stem.rpartition("-")[2]
+        # In a container each process may have the number of the one before it.
+        left = not shared and (f".{host}-" not in path.name or number == str(os.getpid()))
+        if number.isdigit() and (left or not _lives(int(number))):
             remove(path)
-        except (PermissionError, ValueError):
-            continue
+
+
+def _lives(process: int) -> bool:
+    """Whether there is a process of that number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

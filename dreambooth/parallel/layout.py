@@ -117,8 +117,9 @@ class Layout:
     @torch.no_grad()
     def end_averages(self) -> None:
         """Before a text encoder is frozen: from here on all that learns knows it as it is, not as it was on average."""
-        for average, name in zip(self.module.ema or (), named := self.named(), strict=False):
-            average.copy_(named[name] if name.startswith(TEXT) else average)
+        for average, (name, weight) in zip(self.module.ema or (), self.named().items(), strict=False):
+            if name.startswith(TEXT):
+                average.copy_(weight)
 
     @torch.no_grad()
     def set_weights(self, values: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
