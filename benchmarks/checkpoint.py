@@ -2,7 +2,8 @@
 
     python -m benchmarks.checkpoint         # a UNet of 38 million parameters with AdamW; 2 GB of memory
 
-Both are a file of each rank. DeepSpeed's are pickled, which is why no run reads one, and for as many ranks only.
+Ours (but for ddp) and DeepSpeed's have a file of each rank; DeepSpeed's are pickled, so no run reads them, and fit as
+many ranks only.
 """
 
 import os
@@ -76,7 +77,7 @@ def rank(strategy: str, folder: Path) -> None:
         module,
         1,
         size=1,
-        callbacks=[Timed(folder)],
+        callbacks=[Timed(folder / strategy)],
         strategy=STRATEGIES[strategy](),
         devices=2,
         default_root_dir=folder,

@@ -131,8 +131,8 @@ def atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _share(temporary)
-        if temporary.is_dir() or path.is_dir():
-            remove(path)
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)
         os.replace(temporary, path)
     except BaseException as error:
         if path.parent.is_dir():
@@ -147,7 +147,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with what is in it, if it is there. What cannot be removed of a folder stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -172,8 +172,8 @@ def sweep(folder: Path, shared: bool = True) -> None:
     for path in folder.glob(f".*.{host}-*.tmp" if shared else ".*.*-*.tmp"):
         number = path.stem.rpartition("-")[2]
         # In a container each process may have the number of the one before it.
-        left = not shared and (f".{host}-" not in path.name or number == str(os.getpid()))
-        if number.isdigit() and (left or not _lives(int(number))):
+        abandoned = not shared and (f".{host}-" not in path.name or number == str(os.getpid()))
+        if number.isdigit() and (abandoned or not _lives(int(number))):
             remove(path)
 
 

@@ -58,8 +58,8 @@ IRRELEVANT = (
     "trainer.enable_*",
     "trainer.log_every_n_steps=*",
 )
-GOALS = ("trainer.max_steps", "trainer.max_epochs")  # may be raised in a folder that exists
-STOPS = tuple(f"callbacks.evaluate.{name}" for name in ("patience", "max_drift", "max_forgetting", "target"))  # too
+GOALS = ("trainer.max_steps", "trainer.max_epochs")  # may be raised in a folder that exists; STOPS may be changed
+STOPS = tuple(f"callbacks.evaluate.{name}" for name in ("patience", "max_drift", "max_forgetting", "target"))
 # May differ in a folder that exists: how the ranks share the work. Its sum, the global batch, is in the checkpoints.
 SHARING = (
     "trainer.accelerator",

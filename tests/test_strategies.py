@@ -194,10 +194,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny_sd: Path, tmp_path: 
         assert torch.equal(value, untouched[name]), name
 
 
-def test_where_there_is_no_room_all_ranks_say_so_and_stop(tiny_sd: Path, small_disk: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reason", ["no room", "no folder"])
+def test_where_one_rank_cannot_save_all_say_so_and_stop(
+    tiny_sd: Path, small_disk: Path, tmp_path: Path, reason: str
+) -> None:
     pair = Job(tiny_sd, tmp_path / "run", "fsdp", 2, steps=2, size=1, ema=None)
     pair.folder.mkdir()
-    (pair.folder / "checkpoints").symlink_to(small_disk)
+    if reason == "no room":
+        (pair.folder / "checkpoints").symlink_to(small_disk)
+    else:
+        (pair.folder / "checkpoints").touch()  # only the first rank makes the folder
     processes = strategies.start(pair)
     for process in processes:
         process.join(60)

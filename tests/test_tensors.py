@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -99,13 +99,18 @@ def test_what_was_read_outlives_the_file(tmp_path: Path) -> None:
     assert torch.equal(value, VALUES["a/weight"])
 
 
+def test_what_others_wrote_is_read(tmp_path: Path) -> None:
+    save_file({"a/weight": VALUES["a/weight"]}, tmp_path / "some.ckpt", {"notes": "{}"})
+    assert torch.equal(read(tmp_path / "some.ckpt", "a/")["weight"], VALUES["a/weight"])
+
+
 def test_a_rank_that_does_not_share_the_run_folder_says_so(tmp_path: Path) -> None:
     strategy = SimpleNamespace(
-        root_device="cpu", broadcast=lambda _: str(tmp_path / "elsewhere" / "some.tmp"), reduce=lambda count, **_: count
+        broadcast=lambda _: str(tmp_path / "elsewhere" / "some.tmp"), reduce_boolean_decision=lambda decision: decision
     )
     rank = SimpleNamespace(strategy=strategy, global_rank=1, world_size=2)
     layout = SimpleNamespace(cut=True, entries=entries)
-    with pytest.raises(UserError, match=r"some\.ckpt: another rank began it.*share the run folder$"):
+    with pytest.raises(UserError, match=r"some\.ckpt: its folder is not here.*does not share it$"):
         checkpoint._write(rank, tmp_path / "some.ckpt", None, layout, {})
 
 

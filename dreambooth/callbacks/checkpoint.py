@@ -17,7 +17,7 @@ FOLDER = "checkpoints"  # in the run folder, which is the trainer's default_root
 class Checkpoint(pl.callbacks.Checkpoint):
     """Saves ``checkpoints/step_000100.ckpt`` every ``every_n_train_steps`` and at the end.
 
-    Keeps the ``save_last_k`` newest (-1: all). It holds what learns, its averages, the optimizer, the schedule and
+    Keeps the ``save_last_k`` newest (-1: all). Each holds what learns, its averages, the optimizer, the schedule and
     the step by name (``parallel/checkpoint.py``), so that another strategy or number of ranks can go on from it, and no
     frozen weights. (Lightning runs callbacks of this base class after all others.)
     """
@@ -27,8 +27,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.saved: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero:
-            sweep(Path(trainer.default_root_dir) / FOLDER, shared=False)
+        if trainer.is_global_zero:  # a kill leaves gigabytes under temporary names
+            for name in ("", "samples", FOLDER):
+                sweep(Path(trainer.default_root_dir) / name, shared=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.saved = trainer.global_step
@@ -52,6 +53,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
             own = [path for path in checkpoints(folder) if int(path.stem[5:]) <= self.saved]
             for old in own[: -self.save_last_k]:
                 remove(old)
+                if old.exists():
+                    log.warning("%s cannot be removed: it stays beside the newer ones", old)
 
 
 def checkpoints(folder: Path) -> list[Path]:

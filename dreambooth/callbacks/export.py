@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from dreambooth.files import atomic, sweep
+from dreambooth.files import atomic
 
 ADAPTER, PIPELINE = "adapter", "pipeline"  # in the run folder
 
@@ -19,11 +19,6 @@ class Export(pl.Callback):
 
     def __init__(self, merged: bool = False) -> None:
         self.merged = merged
-
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if trainer.is_global_zero:  # a kill in the middle of an export leaves gigabytes under a temporary name
-            sweep(Path(trainer.default_root_dir), shared=False)
-            sweep(Path(trainer.default_root_dir) / "samples", shared=False)
 
     # Not on_train_end: Lightning skips it for a run that was killed after its last step and has nothing to train.
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 COLUMNS = ("step", "dino", "clip_i", "clip_t", "pres", "div", "copy", "score")
 LEAST_RISE = 0.01  # of the way from base to photographs: less is noise
 LEAST_WAY = 1e-6  # from base to photographs: with less, and with photographs below the base, there are no shares of it
-LEAST_HEARD = 0.03  # of clip_t, by which the base follows prompts better than photographs do: of less, chance is most
+LEAST_HEARD = 0.03  # of clip_t, by which the base follows prompts better than photographs do: less is mostly noise
 
 
 class Tradeoff:
@@ -117,7 +117,7 @@ class Tradeoff:
 def share(begin: float | None, value: float | None, end: float | None, least: float = LEAST_WAY) -> float | None:
     """How far ``value`` has gone from ``begin`` (0) up to ``end`` (1), or beyond; None if that is less than ``least``.
 
-    Photographs less alike than the base is to them give none: every gain would count as a loss.
+    None, too, where ``end`` lies below ``begin``: every gain would count as a loss.
     """
     if value is None or begin is None or end is None or end - begin < least:
         return None

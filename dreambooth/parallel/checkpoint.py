@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from dreambooth.errors import UserError
-from dreambooth.files import atomic
+from dreambooth.files import atomic, remove
 from dreambooth.parallel import tensors
 
 log = logging.getLogger(__name__)
@@ -39,35 +39,57 @@ def save(trainer: Any, module: Any, path: Path) -> None:
     }
     for callback in _callbacks(trainer):
         callback.on_save_checkpoint(trainer, module, notes)
-    with atomic(path) if trainer.is_global_zero else nullcontext() as temporary:
-        _write(trainer, path, temporary, module.layout, notes)
-    trainer.strategy.barrier()
+    failure: Exception | None = None
+    try:
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        failure = _refused(path, error)
+    _agree(trainer, path, failure)
+    try:
+        with atomic(path) if trainer.is_global_zero else nullcontext() as temporary:
+            _write(trainer, path, temporary, module.layout, notes)
+            if temporary is not None and path.is_dir() != module.layout.cut:
+                remove(path)  # a damaged one of the same step, by another strategy
+    except Exception as error:
+        failure = error
+    _agree(trainer, path, failure)
 
 
 def _write(trainer: Any, path: Path, temporary: Path | None, layout: Any, notes: dict[str, Any]) -> None:
-    """Write on all ranks; where one cannot, all raise UserError and nothing is renamed."""
-    entries, strategy, failure, written = layout.entries(), trainer.strategy, None, 0
+    """Write on all ranks, to ``temporary`` of the first one; where one cannot, all raise."""
+    entries, written = layout.entries(), 0
+    failure: Exception | None = None
     try:
         if temporary is not None and layout.cut:
             temporary.mkdir()
     except OSError as error:
-        failure = error
-    shared = strategy.broadcast("" if failure else str(temporary))
-    if shared and (layout.cut or temporary is not None):
-        place = Path(shared)
-        try:
+        failure = _refused(path, error)
+    place = Path(trainer.strategy.broadcast(str(temporary)))
+    try:
+        if failure is None and (layout.cut or temporary is not None):
             own = tensors.file_of(place, trainer.global_rank, trainer.world_size) if layout.cut else place
             written = tensors.write(own, entries, notes)
-        except OSError as error:
-            failure = error
-    mine = torch.tensor(-1 if failure else written, device=strategy.root_device)
-    everyones = int(strategy.reduce(mine, reduce_op="sum"))
-    if isinstance(failure, FileNotFoundError):
-        raise UserError(f"{path}: another rank began it, and it is not here: all machines have to share the run folder")
-    if failure is not None:
-        raise UserError(f"cannot write {path}: {failure.strerror}; make room or name another folder")
-    if everyones != sum(entry.size for entry in entries):
-        raise UserError(f"cannot write {path}: another rank's log says why")
+    except OSError as error:
+        failure = _refused(path, error)
+    except Exception as error:  # out of memory, say: the others shall not wait for this rank
+        failure = error
+    _agree(trainer, path, failure)
+    everyones = trainer.strategy.reduce(torch.tensor(written, device=trainer.strategy.root_device), reduce_op="sum")
+    if everyones != (size := sum(entry.size for entry in entries)):
+        raise RuntimeError(f"{path}: the ranks wrote {int(everyones)} of {size} bytes")
+
+
+def _agree(trainer: Any, path: Path, failure: Exception | None) -> None:
+    """All ranks go on; or all raise, each its own failure or that another one has one."""
+    if not trainer.strategy.reduce_boolean_decision(failure is None):
+        raise failure or UserError(f"cannot write {path}: the log of another rank says why")
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: its folder is not here: it was removed, or this machine does not share it")
+    return UserError(f"cannot write {path}: {error.strerror}; make room or name another folder")
 
 
 def same_batch(path: Path, size: int) -> None:
@@ -86,10 +108,13 @@ def load(trainer: Any, module: Any, path: Path) -> None:
     Whoever trains on asks ``same_batch`` before anything is written.
     Raises UserError: it is of another format, or holds parameters, averages or groups that this run has not.
     """
-    notes = tensors.read_notes(path)
+    try:
+        notes = tensors.read_notes(path)
+        weights, averages, states = (tensors.read(path, f"{name}/") for name in ("weights", "averages", "optimizer"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is gone: a newer one took its place meanwhile; type the command again") from None
     if notes.get("format") != FORMAT:
         raise UserError(f"{path} has another format than this version reads: type resume=false to begin afresh")
-    weights, averages = tensors.read(path, "weights/"), tensors.read(path, "averages/")
     named = module.layout.named()
     if set(weights) != set(named) or (module.ema is not None and set(averages) != set(named)):
         raise UserError(
@@ -99,7 +124,7 @@ def load(trainer: Any, module: Any, path: Path) -> None:
     if len(notes["groups"]) != len(module.layout.groups()):
         raise UserError(f"{path} has other groups of parameters than model.optim makes now: type resume=false")
     module.layout.set_weights(weights, averages)
-    module.layout.set_states(tensors.read(path, "optimizer/"), notes["groups"])
+    module.layout.set_states(states, notes["groups"])
     for config, state in zip(trainer.lr_scheduler_configs, notes["schedules"], strict=True):
         config.scheduler.load_state_dict(state)
     if (stopped := notes.get("text_stopped_at")) is not None:  # a share of all steps, of which there may be more now

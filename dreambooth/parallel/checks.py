@@ -30,7 +30,7 @@ def check(cfg: DictConfig) -> None:
         elif issubclass(kind, CUTTING):  # its checkpoints and pipelines would hold what one rank has
             card = _card("deepspeed_stage_2" if issubclass(kind, DeepSpeedStrategy) else "fsdp")
             raise UserError(
-                f"trainer.strategy._target_={node._target_}: type strategy={card}, which saves whole weights"
+                f"trainer.strategy._target_={node._target_}: type strategy={card}, whose checkpoints are whole"
             )
     elif node not in WHOLE:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Tensors of which a rank may hold a part only, DTensors cut by rows: whole, what is held, and one like another."""
+"""Tensors that may be cut by rows (DTensors): the whole, this rank's part, what it writes; and a whole one, cut."""
 
 from typing import Any
 
@@ -20,7 +20,8 @@ def local(value: Tensor) -> Tensor:
 def part_of(value: Tensor, first: bool) -> Part | None:
     """What this rank writes of a tensor: the first one all of it; of one that is cut by rows, each what it holds.
 
-    Of groups of ranks that hold the same, the first one's. Raises NotImplementedError for other cuts.
+    Where groups of ranks hold the same (fsdp_hybrid), only the first group writes. Raises NotImplementedError for other
+    cuts.
     """
     if not hasattr(value, "device_mesh"):
         return (0, value.detach().flatten()) if first else None

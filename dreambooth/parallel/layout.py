@@ -41,7 +41,7 @@ class Layout:
 
     @property
     def here(self) -> bool:
-        """Whether this rank is the one that draws and writes."""
+        """Whether this rank is the one that draws, and writes what all hold."""
         return self.module._trainer is None or bool(self.module.trainer.is_global_zero)
 
     def entries(self) -> list[Entry]:
@@ -68,11 +68,11 @@ class Layout:
         return part_of(weight, self.here)
 
     def average_part(self, place: int, weight: nn.Parameter) -> Part | None:
-        """What it writes of the average of the parameter of that place."""
+        """What this rank writes of the average at index ``place``."""
         return part_of(self.module.ema[place], self.here)
 
     def state_part(self, weight: nn.Parameter, key: str) -> Part | None:
-        """What it writes of a value of the optimizer's state; a number is a tensor without dimensions."""
+        """What this rank writes of a value of the optimizer's state; a number is a tensor without dimensions."""
         value = self.states(weight)[key]
         return part_of(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64), self.here)
 

@@ -1,8 +1,8 @@
 """Tensors by name: one safetensors file, or a folder with a file of each rank.
 
 A rank writes what it holds. Of a tensor that is cut over ranks that is a part, stored flat, and ``places`` in the
-metadata of the file says where it begins and what shape the whole has. So nothing is sent, nobody holds a copy of the
-whole, and no file is written by two machines; yet any number of ranks can read what any other number has written.
+metadata of the file says where it begins and what shape the whole has. So no weights are sent, nobody holds a copy of
+the whole, and no file is written by two machines; yet any number of ranks can read what any other has written.
 """
 
 import json
@@ -52,7 +52,7 @@ def file_of(folder: Path, rank: int, ranks: int) -> Path:
 def write(path: Path, entries: list[Entry], notes: dict[str, Any]) -> int:
     """Write this rank's parts of the entries, one at a time, and ``notes`` as JSON; return the bytes of the values.
 
-    Raises RuntimeError for a part that reaches out of its tensor, OSError.
+    Raises RuntimeError for a part that lies outside its tensor, OSError where it cannot be written.
     Source: https://github.com/huggingface/safetensors, "Format": 8 bytes of length, a JSON header, the values.
     """
     header: dict[str, Any] = {}
@@ -83,7 +83,10 @@ def write(path: Path, entries: list[Entry], notes: dict[str, Any]) -> int:
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """The notes of a file or folder; it is whole, or an error says what is wrong with it."""
+    """The notes of a file or folder.
+
+    Raises where a file is missing or cut short; whether the parts make up their tensors is seen when these are read.
+    """
     files = _files(path)
     if path.is_dir() and files[:1] != [file_of(path, 0, len(files))]:
         raise FileNotFoundError(f"{path} lacks files of ranks: there are {len(files)}")
@@ -102,7 +105,7 @@ def read(path: Path, prefix: str) -> Mapping[str, Tensor]:
     found: dict[str, list[Any]] = {}
     for each in _files(path):
         file = safe_open(each, "pt")
-        places = json.loads(file.metadata()["places"])
+        places = json.loads(file.metadata().get("places", "{}"))
         for name in list(file.keys()):
             if name.startswith(prefix):
                 found.setdefault(name.removeprefix(prefix), []).append((file, name, places.get(name)))

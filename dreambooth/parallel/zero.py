@@ -86,7 +86,7 @@ class ZeroLayout(Sharded):
         return part_in(weight, [self.optimizer.state[piece][key] for piece in self.pieces])
 
     def own_part(self, weight: nn.Parameter, held: Tensor) -> Part | None:
-        """What this rank holds of a parameter at stage 3, without what fills up the last part."""
+        """What this rank holds of a parameter at stage 3, without the padding at the end."""
         begin = self.module.trainer.global_rank * held.numel()
         count = max(0, min(held.numel(), weight.ds_numel - begin))  # type: ignore[attr-defined]
         return (begin, held[:count]) if count else None
