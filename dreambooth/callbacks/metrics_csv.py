@@ -93,11 +93,10 @@ class MetricsCsv(pl.Callback):
 def samples_per_step(trainer: pl.Trainer, batch: Any) -> int:
     """How many pictures, of both roles, an optimizer step sees on all ranks, when each gets such batches.
 
-    A pretraining's batch is a mere tick, whose pictures it draws itself: 1.
+    A pretraining's batch is a mere tick, whose pictures it draws itself, and does not say: 0.
     """
-    return (
-        (len(batch["index"]) if isinstance(batch, dict) else 1) * trainer.world_size * trainer.accumulate_grad_batches
-    )
+    known = len(batch["index"]) if isinstance(batch, dict) else 0
+    return known * trainer.world_size * trainer.accumulate_grad_batches
 
 
 def metrics_path(trainer: pl.Trainer) -> Path:

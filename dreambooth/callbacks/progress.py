@@ -56,8 +56,8 @@ class Progress(ProgressBar):
         rate = (step - self._first) / (now - self._began)
         samples = rate * samples_per_step(trainer, batch)
         left = tqdm.format_interval((trainer.max_steps - step) / rate)
-        line = "step %d/%d, loss %.4f, %.2f steps/s, %.3g samples/s, %s left"
-        log.info(line, step, trainer.max_steps, loss, rate, samples, left)
+        shown = f"{rate:.2f} steps/s, {samples:.3g} samples/s" if samples else f"{rate:.2f} steps/s"
+        log.info("step %d/%d, loss %.4f, %s, %s left", step, trainer.max_steps, loss, shown, left)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()

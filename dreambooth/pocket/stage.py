@@ -1,5 +1,6 @@
 """One training stage of the pocket world on Lightning: checkpointed, resumed, a function of (seed, step)."""
 
+import logging
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -18,6 +19,8 @@ from dreambooth.callbacks.progress import Progress
 from dreambooth.files import atomic
 from dreambooth.noise import generator
 from dreambooth.tasks import quieten
+
+log = logging.getLogger(__name__)
 
 
 class Stage(pl.LightningModule, ABC):
@@ -61,6 +64,7 @@ def fit(stage: Stage, folder: Path, every_n_train_steps: int = 250, until: int |
     quieten()
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # all stages share one
     last = folder / f"{stage.name}.ckpt"
+    log.info("%s: %s", stage.name, "going on" if last.exists() else "from the beginning")
     checkpoints = ModelCheckpoint(
         folder, filename=stage.name, every_n_train_steps=every_n_train_steps, enable_version_counter=False
     )
