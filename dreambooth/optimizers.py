@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dreambooth.errors import UserError
-from dreambooth.parallel.cuts import whole
+from dreambooth.parallel.parts import whole
 
 
 def checked(optim: "partial[Optimizer]") -> "partial[Optimizer]":

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dreambooth import UserError
 from dreambooth.parallel import checkpoint
-from dreambooth.parallel.cuts import part_of
+from dreambooth.parallel.parts import part_of
 from dreambooth.parallel.tensors import Entry, Part, file_of, read, read_notes, write
 
 VALUES = {

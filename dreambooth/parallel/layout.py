@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreambooth.parallel.cuts import like, local, number, part_of, whole
+from dreambooth.parallel.parts import like, local, number, part_of, whole
 from dreambooth.parallel.tensors import Entry, Part
 from dreambooth.tuning.base import TEXT, swapped
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dreambooth.errors import UserError
 from dreambooth.parallel.checks import check_cut
-from dreambooth.parallel.cuts import number
 from dreambooth.parallel.layout import Sharded
+from dreambooth.parallel.parts import number
 from dreambooth.parallel.tensors import Part
 
 
