@@ -230,7 +230,7 @@ def root_cause(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Loading without transformers' bars and its report of keys that it no longer needs."""
+    """Loading and saving without transformers' bars and its report of keys that it no longer needs."""
     level, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.errors import UserError
+from dreambooth.families.folder import quiet
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.files import atomic
 from dreambooth.noise import seed_of
@@ -162,7 +163,8 @@ def _ship(
     world: _World, pipe: StableDiffusionPipeline, networks: dict[str, nn.Module], folder: Path, command: str
 ) -> None:
     with tempfile.TemporaryDirectory(dir=world.folder) as temporary:
-        pipe.save_pretrained(temporary)
+        with quiet():
+            pipe.save_pretrained(temporary)
         family = StableDiffusion(temporary)
         family.save(folder / "base", dtype=torch.float16)
     words.save(pipe.tokenizer, folder / "base" / "tokenizer")
