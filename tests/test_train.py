@@ -149,6 +149,7 @@ def test_a_model_that_is_to_draw_and_is_not_there_leaves_no_run_folder(settings:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_at_any_moment_it_goes_on(settings: list[str], tmp_path: Path) -> None:
     """kill -9 twice, Ctrl-C, SIGTERM: the weights are those of a run that nobody disturbed."""
     settings += ["trainer.max_steps=110", "callbacks.checkpoint.every_n_train_steps=7", "model.train_text_encoder=true"]

@@ -51,7 +51,7 @@ def rank_of(process: psutil.Process) -> str:
 
 CASES = [
     pytest.param(DRAWN, 1, "python", id="drawing"),
-    pytest.param(ENCODED, 0, "python", id="encoding"),
+    pytest.param(ENCODED, 0, "python", id="encoding", marks=pytest.mark.exhaustive),
     pytest.param(DRAWN, 0, "torchrun", id="drawing under torchrun", marks=pytest.mark.exhaustive),
     pytest.param(ENCODED, 1, "torchrun", id="encoding under torchrun", marks=pytest.mark.exhaustive),
 ]
