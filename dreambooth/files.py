@@ -181,10 +181,8 @@ def _lives(process: int) -> bool:
     """Whether there is a process of that number on this machine."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # somebody else's takes no signal
     return True
 
 

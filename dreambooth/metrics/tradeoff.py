@@ -24,7 +24,7 @@ class Tradeoff:
         patience: stop when fidelity has not risen in that many evaluations (None: never).
         max_drift: stop when drift passes it (None: never).
         max_forgetting: stop when forgetting passes it (None: never).
-        target: stop when fidelity reaches it (None: never).
+        target: stop when fidelity passes it (None: never).
     """
 
     def __init__(
@@ -72,34 +72,23 @@ class Tradeoff:
         """Why to stop now, None while there is no reason."""
         if not self.rows:
             return None
-        return self._drifted() or self._forgot() or self._arrived() or self._stands_still()
-
-    def _drifted(self) -> str | None:
-        drift = self.drift(self.rows[-1])
-        if self.max_drift is None or drift is None or drift <= self.max_drift:
-            return None
-        return (
-            f"the class has gone {drift:.0%} of the way to the subject (more than callbacks.evaluate.max_drift="
-            f"{self.max_drift:g})"
-        )
-
-    def _forgot(self) -> str | None:
-        lost = self.forgetting(self.rows[-1])
-        if self.max_forgetting is None or lost is None or lost <= self.max_forgetting:
-            return None
-        return (
-            f"the pictures have gone {lost:.0%} of the way from what their prompts say to the photographs, whatever "
-            f"the prompt (more than callbacks.evaluate.max_forgetting={self.max_forgetting:g})"
-        )
-
-    def _arrived(self) -> str | None:
-        fidelity = self.fidelity(self.rows[-1])
-        if self.target is None or fidelity is None or fidelity < self.target:
-            return None
-        return (
-            f"likeness has gone {fidelity:.0%} of the way to the photographs (callbacks.evaluate.target="
-            f"{self.target:g}): more steps would cost the rest of what the model knows"
-        )
+        drift, lost, fidelity = (measure(self.rows[-1]) for measure in (self.drift, self.forgetting, self.fidelity))
+        if _above(drift, self.max_drift):
+            return (
+                f"the class has gone {drift:.0%} of the way to the subject (more than callbacks.evaluate.max_drift="
+                f"{self.max_drift:g})"
+            )
+        if _above(lost, self.max_forgetting):
+            return (
+                f"the pictures have gone {lost:.0%} of the way from what their prompts say to the photographs, "
+                f"whatever the prompt (more than callbacks.evaluate.max_forgetting={self.max_forgetting:g})"
+            )
+        if _above(fidelity, self.target):
+            return (
+                f"likeness has gone {fidelity:.0%} of the way to the photographs (callbacks.evaluate.target="
+                f"{self.target:g}): more steps would cost the rest of what the model knows"
+            )
+        return self._stands_still()
 
     def _stands_still(self) -> str | None:
         shares = [fidelity for row in self.rows if (fidelity := self.fidelity(row)) is not None]
@@ -122,3 +111,7 @@ def share(begin: float | None, value: float | None, end: float | None, least: fl
     if value is None or begin is None or end is None or end - begin < least:
         return None
     return (value - begin) / (end - begin)
+
+
+def _above(value: float | None, limit: float | None) -> bool:
+    return value is not None and limit is not None and value > limit
