@@ -1,11 +1,12 @@
 # docker build -t dreambooth .     How to run it, on one GPU, read-only or by Apptainer: docs/container.md
 #
-# BASE      any Debian or Ubuntu; one without Python is given its own (3.11 or later: bookworm, noble). torch's wheels bring
-#           their CUDA libraries, so nvidia/cuda:*-devel-* is needed only by what compiles on its first use (deepspeed).
+# BASE      any Debian or Ubuntu (by default pinned by the digest of its index, which has every architecture); one without
+#           Python is given its own (3.11 or later: bookworm, noble). torch's wheels bring their CUDA libraries, so
+#           nvidia/cuda:*-devel-* is needed only by what compiles on its first use (deepspeed).
 # INDEX     a further package index; https://download.pytorch.org/whl/cpu has torch without CUDA, a tenth of the size.
 # EXTRAS    of setup.cfg, with commas: deepspeed
 # REVISION  the commit, for the label
-ARG BASE=python:3.12-slim
+ARG BASE=python:3.12.14-slim-trixie@sha256:78387bc3881b8273120a12ebe6c1ab22b018ccc2c9adf565ae1ac9b536e184ea
 
 FROM ${BASE} AS python
 # hadolint ignore=DL3008 # which Python there is, the base decides

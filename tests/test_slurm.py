@@ -48,7 +48,11 @@ Live Subject Prompts
 prompt_list = ['a {0} {1} in a chef outfit'.format(unique_token, class_token)]
 """
 
-pytestmark = [pytest.mark.exhaustive, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+    pytest.mark.xdist_group("slurm"),
+]
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ is something that the base model cannot be asked for in words.
 """
 
 import colorsys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -86,11 +87,15 @@ def _near(colour: RGB, rng: Random) -> RGB:
 
 @dataclass(frozen=True)
 class Odds:
-    """How often a random figure has a colour with a name, marks, and a garment."""
+    """How often a random figure has a colour with a name, marks, and a garment, and where it is seen.
+
+    ``places`` gives the weights of ``CONTEXTS`` for a class; None: all are as likely.
+    """
 
     named: float = 0.8
     marks: float = 0.35
     garment: float = 0.3
+    places: Callable[[str], Sequence[float]] | None = None
 
 
 PLAIN, RICH = Odds(), Odds(named=0.5, marks=0.7, garment=0.65)
@@ -115,9 +120,9 @@ def random_figure(rng: Random, noun: str | None = None, colour: str | None = Non
 def random_scene(rng: Random, odds: Odds = PLAIN) -> Scene:
     """A scene for the base model's training; by the plain odds one figure in five has a colour without a name."""
     colour = rng.choice(tuple(COLOURS)) if rng.random() < odds.named else None
-    return Scene(
-        random_figure(rng, colour=colour, odds=odds), rng.choice(tuple(CONTEXTS)), colour, rng.randrange(1 << 31)
-    )
+    figure, places = random_figure(rng, colour=colour, odds=odds), tuple(CONTEXTS)
+    (where,) = rng.choices(places, odds.places(figure.noun)) if odds.places else (rng.choice(places),)
+    return Scene(figure, where, colour, rng.randrange(1 << 31))
 
 
 def draw(scene: Scene) -> Image.Image:
