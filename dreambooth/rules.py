@@ -49,6 +49,7 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "infer.batch_size": int,
     "benchmark.subjects": list,
     "benchmark.base_dir": str,
+    "benchmark.runs_dir": str,
     "benchmark.noun": str,
     "benchmark.num_photos": int,
     "benchmark.num_prompts": int,

@@ -15,6 +15,7 @@ import transformers
 from PIL import Image, ImageDraw
 
 from dreambooth.run_folder import FOLDER_VARIABLE
+from tests.google import write_layout
 from tests.tiny import build_tiny_sd
 
 torch.set_num_threads(1)
@@ -75,3 +76,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs the right to mount a tmpfs")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Path:
+    """A folder as google/dreambooth's, with a live subject and an object."""
+    return write_layout(tmp_path / "subjects")

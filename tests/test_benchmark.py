@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,62 +12,9 @@ from dreambooth import UserError, compose
 from dreambooth.benchmark import results
 from dreambooth.benchmark.protocol import POCKET_PROMPTS, parse, tasks_of
 from dreambooth.benchmark.task import benchmark, share, take_one_gpu
-from dreambooth.pocket import SUBJECTS
-from tests.tiny import RESOLUTION
+from tests.google import LAYOUT, small
 
 GOOGLE = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
-LAYOUT = """Classes
-
-subject_name,class
-dog,dog
-teapot,teapot
-absent,toy
-
-Prompts
-
-Object Prompts
-
-prompt_list = [
-'a {0} {1} in the jungle'.format(unique_token, class_token),
-'a cube shaped {0} {1}'.format(unique_token, class_token)
-]
-
-Live Subject Prompts
-
-prompt_list = [
-'a {0} {1} in a chef outfit'.format(unique_token, class_token),
-]
-"""
-
-
-@pytest.fixture
-def layout(tmp_path: Path) -> Path:
-    """A folder as google/dreambooth's, with a live subject and an object."""
-    folder = tmp_path / "subjects"
-    for name in ("dog", "teapot"):
-        shutil.copytree(SUBJECTS / name, folder / name)
-    (folder / "prompts_and_classes.txt").write_text(LAYOUT)
-    return folder
-
-
-def small(model: Path, layout: Path, folder: Path) -> list[str]:
-    return [
-        "task=benchmark",
-        "benchmark=paper",
-        f"benchmark.folder={layout}",
-        f"benchmark.base_dir={folder}-base",
-        "benchmark.num_images_per_prompt=2",
-        "benchmark.num_class_images=2",
-        f"hydra.run.dir={folder}",
-        f"model.from_pretrained={model}",
-        f"model.data.resolution={RESOLUTION}",
-        "model.with_prior_preservation=false",
-        "model.data.sampler.inference_steps=1",
-        "trainer.accelerator=cpu",
-        "trainer.max_steps=2",
-        "callbacks.sample_grid=null",
-        "callbacks.evaluate.every_n_train_steps=null",
-    ]
 
 
 def test_the_layout_is_read(layout):
@@ -129,6 +75,8 @@ def test_the_pockets_protocols():
         (["benchmark=paper", "benchmark.folder=/nowhere"], r"benchmark\.folder: /nowhere"),
         (["benchmark.subjects=[dog,cow]"], r"benchmark\.subjects: cow not in pocket"),
         (["callbacks.evaluate=null"], r"callbacks\.evaluate is null"),
+        (["resume=false"], r"resume=false: .* type hydra\.run\.dir=ANOTHER_FOLDER$"),
+        (["resume=false", "benchmark.runs_dir=runs"], r"hydra\.run\.dir=ANOTHER_FOLDER and benchmark\.runs_dir=null$"),
     ],
 )
 def test_bad_input_is_one_line(words, complaint, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ class Task:
         noun = self.noun if how.noun is None else how.noun
         data = {
             "subjects": None,
-            "instance_dir": str(self.photos if how.num_photos is None else folder / PHOTOS),
+            "instance_dir": str(folder / PHOTOS if self.are_chosen(how.num_photos) else self.photos),
             "instance_prompt": f"a photo of a {identifier} {noun}".strip(),
             "regularization_prompt": f"a photo of a {noun or self.noun}",
             "cached_instance_dir": str(folder / "latents"),
@@ -53,9 +53,13 @@ class Task:
         }
         return {"task": "train", "run_dir": str(folder), "model": {"data": data}, "evaluate": measured}
 
+    def are_chosen(self, count: int | None) -> bool:
+        """Whether ``count`` is some of the photos, not all (as None is)."""
+        return count is not None and count < len(list_pictures(self.photos, "benchmark.folder"))
+
     def choose_photos(self, count: int | None, folder: Path) -> None:
-        """Copy the first ``count`` photos in the order of their names beside the run (None: all, where they are)."""
-        if count is None:
+        """Copy the first ``count`` photos in the order of their names beside the run; all are read where they are."""
+        if not self.are_chosen(count):
             return
         for path in list_pictures(self.photos, "benchmark.folder")[:count]:
             with atomic(folder / PHOTOS / path.name) as temporary:

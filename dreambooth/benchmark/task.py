@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dreambooth.benchmark import results
-from dreambooth.benchmark.protocol import tasks_of
+from dreambooth.benchmark import results, shared
+from dreambooth.benchmark.protocol import Task, tasks_of
 from dreambooth.errors import UserError
 from dreambooth.run_folder import FOLDER_VARIABLE
 from dreambooth.slurm import device_count
@@ -49,12 +49,17 @@ def benchmark(cfg: DictConfig) -> Benchmark:
     (``hydra.run.dir=DIR``). The same command goes on where a killed one stopped; a finished subject whose scores cannot
     be read is measured again, alone. Every process writes the tables of what is finished so far.
 
-    Raises UserError for a protocol without subjects or prompts, an evaluation that is switched off, or several devices
-    for a subject.
+    Raises UserError for a protocol without subjects or prompts, an evaluation that is switched off, several devices for
+    a subject, or ``resume=false``.
     """
     refuse_groups(cfg.trainer)
     if cfg.callbacks.get("evaluate") is None:
         raise UserError("callbacks.evaluate is null: task=benchmark measures; type callbacks/evaluate=default")
+    if not cfg.resume:
+        raise UserError(
+            "resume=false: a benchmark goes on subject by subject; to begin afresh type hydra.run.dir=ANOTHER_FOLDER"
+            + ("" if cfg.benchmark.runs_dir is None else " and benchmark.runs_dir=null")
+        )
     tasks, folder = tasks_of(cfg.benchmark), Path(cfg.run_dir)
     shard, count = share()
     take_one_gpu()
@@ -63,14 +68,7 @@ def benchmark(cfg: DictConfig) -> Benchmark:
     mine = tasks[shard::count]
     for number, task in enumerate(mine, 1):
         log.info("%s (%d of %d here, %d in all)", task.name, number, len(mine), len(tasks))
-        place = folder / task.name
-        repair(place)
-        task.choose_photos(cfg.benchmark.num_photos, place)
-        os.environ.pop(FOLDER_VARIABLE, None)  # each subject decides on a folder of its own
-        changes = task.settings(cfg.benchmark.identifier, cfg.benchmark, place)
-        tree: Any = OmegaConf.merge(cfg, changes)
-        OmegaConf.set_readonly(tree, True)
-        train(tree)
+        run_subject(cfg, task, folder / task.name)
     folders = {task.name: folder / task.name for task in tasks}
     rows: list[dict[str, Any]] = []
     while len(rows) < len(now := results.table(folders)):  # again if another process finished one meanwhile
@@ -78,6 +76,33 @@ def benchmark(cfg: DictConfig) -> Benchmark:
     on_the_way = results.write_curves(folder, results.curves(folders))
     log.info("%d of %d subjects\n%s\n%s", len(rows) - 3, len(tasks), text, on_the_way)
     return Benchmark(folder, rows)
+
+
+def run_subject(cfg: DictConfig, task: Task, place: Path) -> None:
+    """Train and measure a subject in ``place``, or where ``benchmark.runs_dir`` keeps what others would train alike."""
+    if cfg.benchmark.runs_dir is None:
+        _train(cfg, task, place)
+    else:
+        # Where it lies decides nothing, but how many photos were copied there does.
+        key = shared.settings_key(tree_of(cfg, task, Path(f"photos-{cfg.benchmark.num_photos}")))
+        run = Path(cfg.benchmark.runs_dir).expanduser() / f"{task.name}-{key}"
+        shared.link(place, run)
+        with shared.claimed(run):
+            _train(cfg, task, run)
+
+
+def _train(cfg: DictConfig, task: Task, place: Path) -> None:
+    repair(place)
+    task.choose_photos(cfg.benchmark.num_photos, place)
+    os.environ.pop(FOLDER_VARIABLE, None)  # each subject decides on a folder of its own
+    train(tree_of(cfg, task, place))
+
+
+def tree_of(cfg: DictConfig, task: Task, place: Path) -> DictConfig:
+    """The settings of a subject's training in ``place``, the same from whichever benchmark."""
+    tree: Any = OmegaConf.merge(cfg, task.settings(cfg.benchmark.identifier, cfg.benchmark, place), {"benchmark": None})
+    OmegaConf.set_readonly(tree, True)
+    return tree
 
 
 def refuse_groups(trainer: Any) -> None:

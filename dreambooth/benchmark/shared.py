@@ -1,0 +1,64 @@
+"""Trainings that several benchmarks have in common: the same subject under the same settings is trained once.
+
+With ``benchmark.runs_dir`` a subject's run lies there, under a name that its settings decide, and a benchmark's folder
+holds a link to it, so that everything reads it as if it lay in place.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from dreambooth.errors import UserError
+from dreambooth.run_folder import flatten, irrelevant
+
+log = logging.getLogger(__name__)
+
+
+def settings_key(tree: DictConfig) -> str:
+    """A hash of the resolved settings that decide what is trained and measured."""
+    settings = flatten(OmegaConf.to_container(tree, resolve=True))
+    relevant = {key: value for key, value in settings.items() if not irrelevant(f"{key}={value}")}
+    return hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def link(place: Path, run: Path) -> None:
+    """Make ``place`` a link to the folder ``run``, which need not exist yet; relative, so that both may be moved.
+
+    Raises:
+        UserError: there is another run, or a link to one.
+    """
+    target = os.path.relpath(run, place.parent)
+    if place.is_symlink() and os.readlink(place) == target:
+        return
+    if place.is_symlink() or place.exists():
+        raise UserError(
+            f"{place} is a run with other settings, or from before benchmark.runs_dir: type the old values to go on "
+            "with it, or hydra.run.dir=ANOTHER_FOLDER"
+        )
+    place.parent.mkdir(parents=True, exist_ok=True)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target)
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Within, no other process trains ``run``: who comes second waits, and finds it finished."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    lock: Any = FileLock(run.with_name(f".{run.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s is being trained by another process: waiting for it", run)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
