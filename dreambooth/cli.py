@@ -59,6 +59,9 @@ def main() -> None:
         _fail(config.explain(error))
     except UserError as error:
         _fail(error)
+    except BrokenPipeError:  # whoever read it has seen enough: dreambooth --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:  # Hydra makes the run folder before the task begins
         _fail(f"cannot write the run folder {error.filename}: {error.strerror}; choose another with hydra.run.dir=DIR")
     except KeyboardInterrupt:  # a launcher waits, or Hydra composes
@@ -133,6 +136,8 @@ def _task(name: str) -> Callable[[DictConfig], Any]:
 def _remove_empty(folder: Path) -> None:
     """Take back the run folder that Hydra made when nothing was written to it, and its parents up to here."""
     with suppress(OSError):
+        if folder == Path.cwd():
+            return
         folder.rmdir()
         for parent in folder.parents:
             if Path.cwd() not in parent.parents:

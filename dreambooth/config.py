@@ -9,7 +9,8 @@ import re
 import shlex
 import weakref
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
     places = tuple(str(each.path) for each in hydra_node.runtime.config_sources)
     if keys := [key[1] for one in added if (key := re.match(r"\++([\w.]+)=", one)) and key[1] not in groups()]:
         rules.check_added(keys, _cards(places, *known))
+    if str(hydra_node.run.dir) == "":
+        raise UserError("hydra.run.dir is empty; type a folder, or leave it out")
+    rules.check_nodes(_plain(cfg, resolve=False), _cards(places, *known, *added))
     source = f"experiment={choices.get('experiment')}: " if choices.get("experiment") else ""
     rules.check(_plain(cfg), _cards(places, *known, *added), source)
     slurm.check(cfg)
@@ -95,7 +99,7 @@ def build(node: DictConfig, *args: Any, **kwargs: Any) -> Any:
     a library's constructor says about its arguments, an argument that it does not have, and a package that is missing.
     """
     try:
-        return instantiate(node, *args, _convert_="all", **kwargs)
+        return _bound(instantiate(node, *args, _convert_="all", **kwargs), node)
     except HydraException as error:
         if (known := user_error(error)) is not None:
             raise known from error
@@ -107,6 +111,17 @@ def build(node: DictConfig, *args: Any, **kwargs: Any) -> Any:
             raise
         place = re.search(r"full_key: (\S+)", str(error))
         raise UserError(f"{place[1] if place else 'config'}: {str(error.__cause__).splitlines()[0]}") from error
+
+
+def _bound(made: Any, node: DictConfig) -> Any:
+    """What was made; UserError for a ``_partial_`` whose callable would refuse what it holds, once it is called."""
+    if isinstance(made, partial):
+        try:
+            signature(made.func).bind_partial(*made.args, **made.keywords)
+        except TypeError as error:
+            key = node._get_full_key(None)
+            raise UserError(f"{key}: {error} of {made.func.__name__}; leave it out with ~{key}.KEY") from None
+    return made
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -143,7 +158,7 @@ def register_resolvers() -> None:
     And ``${phrase:...}``, which leaves "a sks dog" of "a photo of a sks dog".
     """
     from dreambooth.pocket import SUBJECTS
-    from dreambooth.run_folder import run_id, settings_id
+    from dreambooth.run_id import run_id, settings_id
 
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("settings_id", settings_id, replace=True)
@@ -171,7 +186,7 @@ def _command(hydra_node: Any) -> str:
     return shlex.join(["dreambooth", *cards, *hydra_node.overrides.task, *typed])
 
 
-def _plain(cfg: DictConfig) -> Mapping[str, Any]:
-    tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+def _plain(cfg: DictConfig, resolve: bool = True) -> Mapping[str, Any]:
+    tree = OmegaConf.to_container(cfg, resolve=resolve, throw_on_missing=False)
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from dreambooth.config import build
+from dreambooth.data import checks
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.files import atomic, list_pictures, open_picture
@@ -18,11 +19,12 @@ from dreambooth.generation import find_model, pick_device, read_prompts
 from dreambooth.metrics import measure
 from dreambooth.metrics.suite import Row, Suite
 from dreambooth.picture_files import draw_through, foreign_picture
-from dreambooth.run_folder import is_rank_zero, numbered
-from dreambooth.run_settings import by_untyped_cards, run_of, settings_of_run
+from dreambooth.run_folder import SUMMARY, is_rank_zero, numbered, settings_in, summary_in
+from dreambooth.run_settings import by_untyped_cards, run_of, settings_of_run, words_of
 
 log = logging.getLogger(__name__)
 FOLDER, SCORES, METRICS = "evaluation", "scores.jsonl", "metrics.json"
+BY = "measured"  # the entry of metrics.json that says by what
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
     """
     if not is_rank_zero():
         return None
+    if cfg.evaluate.out_path is not None:
+        checks.writable(Path(cfg.evaluate.out_path).expanduser(), "evaluate.out_path")
     if cfg.evaluate.images is not None:
         return _evaluate_folder(cfg)
     source = find_model(cfg)
@@ -79,7 +83,7 @@ def _measure(
         part = measure.picture_rows(folder / name, sets[name], asked)
         rows += measure.score(suite, part, measure.open_all(folder, part), subjects)
         family.move("cpu")
-    found = write(folder, suite, rows)
+    found = write(folder, suite, rows, **{**_noted(folder), BY: how_measured(cfg)})
     if run is not None and folder == run / FOLDER:
         _into_summary(run, found.metrics)
     return found
@@ -94,9 +98,14 @@ def _check_cards(cfg: DictConfig, side: int, what: str) -> None:
 
 
 def choose_folder(cfg: DictConfig, run: Path | None, sets: dict[str, list[dict[str, Any]]]) -> Path:
-    """``evaluate.out_path``, else the first ``evaluation`` folder that holds no other pictures."""
+    """``evaluate.out_path``, else the first ``evaluation`` folder without other pictures or other measures of them."""
+    own = None if run is None else how_measured(settings_in(run))
+    how = how_measured(cfg)
 
     def other(folder: Path) -> Path | None:
+        before = _noted(folder).get(BY, own if run is not None and folder == run / FOLDER else how)
+        if before != how:
+            return folder / METRICS
         return next(
             (path for name, pictures in sets.items() if (path := foreign_picture(folder / name, pictures))), None
         )
@@ -105,8 +114,22 @@ def choose_folder(cfg: DictConfig, run: Path | None, sets: dict[str, list[dict[s
         return next(folder for folder in numbered((run or Path(cfg.run_dir)) / FOLDER) if other(folder) is None)
     folder = Path(cfg.evaluate.out_path).expanduser()
     if (path := other(folder)) is not None:
-        raise UserError(f"evaluate.out_path: {path} was drawn with other settings or by others; type another folder")
+        raise UserError(f"evaluate.out_path: {path} was made with other settings or by others; type another folder")
     return folder
+
+
+def how_measured(cfg: Any) -> dict[str, Any]:
+    """What decides the scores of given pictures: the photos, and the ``metrics`` node."""
+    return {"photos": cfg.evaluate.photos, "metrics": OmegaConf.to_container(cfg.metrics, resolve=True)}
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """What metrics.json says beside the metrics; nothing without one, or with a damaged one."""
+    try:
+        noted = json.loads((folder / METRICS).read_text())
+        return {name: value for name, value in noted.items() if name != "metrics"}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def write(folder: Path, suite: Suite, rows: Sequence[Row], **more: Any) -> Evaluation:
@@ -128,7 +151,9 @@ def _pictures(
 
 def _evaluate_folder(cfg: DictConfig) -> Evaluation:
     """Pictures of unknown origin: one prompt for all, or one each in the order of their names."""
-    how = cfg.evaluate
+    how, typed = cfg.evaluate, words_of(cfg)
+    if typed is not None and not typed & {"evaluate.prompts", "evaluate", "experiment"}:
+        raise UserError("evaluate.images: what do they show? Type evaluate.prompts='a photo of a dog', or a text file")
     paths = list_pictures(Path(how.images).expanduser(), "evaluate.images")
     prompts = read_prompts(how.prompts, "evaluate.prompts")
     if len(prompts) not in (1, len(paths)):
@@ -146,8 +171,10 @@ def _evaluate_folder(cfg: DictConfig) -> Evaluation:
     ]
     images: list[Image.Image] = [open_picture(path) for path in paths]
     _check_cards(cfg, min(images[0].size), f"evaluate.images={how.images} shows")
-    told = next(folder for folder in numbered(Path(cfg.run_dir) / FOLDER) if _free(folder, rows))
-    folder = told if how.out_path is None else Path(how.out_path).expanduser()
+    if how.out_path is None:
+        folder = next(folder for folder in numbered(Path(cfg.run_dir) / FOLDER) if _free(folder, rows))
+    elif not _free(folder := Path(how.out_path).expanduser(), rows):
+        raise UserError(f"evaluate.out_path: {folder} has the scores of other pictures or prompts; type another folder")
     scored = measure.score(suite, rows, images, subjects)
     return write(folder, suite, [*measure.score_photos(suite, subjects), *scored])
 
@@ -161,8 +188,6 @@ def _free(folder: Path, rows: Sequence[Row]) -> bool:
 
 
 def _into_summary(run: Path, metrics: dict[str, Any]) -> None:
-    path = run / "summary.json"
-    if path.exists():
-        summary = json.loads(path.read_text()) | {"metrics": metrics}
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    if (summary := summary_in(run)) is not None:
+        with atomic(run / SUMMARY) as temporary:
+            temporary.write_text(json.dumps(summary | {"metrics": metrics}, indent=2) + "\n")

@@ -105,15 +105,18 @@ def _fault(path: Path, size: int, modified: int) -> str | None:
 
 
 def open_picture(path: Path | BinaryIO) -> Image.Image:
-    """A picture as 8-bit RGB, upright: EXIF-rotated, transparency over white, 16 bit scaled rather than clipped."""
+    """A picture as 8-bit RGB, upright: EXIF-rotated, transparency over white, 16 bit scaled rather than clipped.
+
+    Raises ValueError for 32-bit pixels, whose white may be any number.
+    """
     with Image.open(path) as file:
         file.load()
         image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):
         levels = np.asarray(image, dtype=np.float64)
         image = Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("32-bit float pixels have no agreed range")
+    elif image.mode in ("F", "I"):
+        raise ValueError("32-bit pixels have no agreed range")
     if image.has_transparency_data:
         over = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)

@@ -12,6 +12,7 @@ HYDRAS = set(
     """help hydra-help version cfg resolve package run multirun shell-completion config-path config-name config-dir
     experimental-rerun info""".split()
 )
+SHORT = set("h c p r m cp cn cd sc i".split())
 # What diffusers' (first) and MindONE's scripts call our keys, where the last part of the key is another word, or that
 # of several keys. The README has the whole table.
 OURS = dict(
@@ -43,7 +44,8 @@ def unknown(argument: str) -> bool:
     """Whether an argument is a flag that Hydra does not have."""
     name = argument.lstrip("-").partition("=")[0]
     long = re.match(r"--[A-Za-z_]", argument) and name not in HYDRAS
-    return bool(long or re.match(r"-[a-z]\w*[=./]", argument))
+    short = re.fullmatch(r"-[A-Za-z]\w*", argument) and name not in SHORT
+    return bool(long or short or re.match(r"-[a-z]\w*[=./]", argument))
 
 
 def refusal(arguments: Sequence[str], place: int, tree: Mapping[str, Any]) -> UserError:

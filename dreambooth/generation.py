@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 
 from dreambooth.adapters import Adapter, find_adapter
 from dreambooth.config import build
+from dreambooth.data import checks
 from dreambooth.errors import UserError, about
 from dreambooth.families.base import Family
 from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
 from dreambooth.picture_files import describe, draw_missing, foreign_picture, missing, numbered_paths
-from dreambooth.run_folder import is_rank_zero, numbered
+from dreambooth.run_folder import is_rank_zero, numbered, settings_in
 from dreambooth.run_settings import by_untyped_cards, run_of, settings_of_run
 
 log = logging.getLogger(__name__)
@@ -76,9 +77,9 @@ def read_prompts(prompts: Any, key: str = "infer.prompts") -> list[str]:
             texts = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{key}: {prompts} cannot be read ({error}); type a UTF-8 text file") from None
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not texts or any(text is None or not str(text).strip() for text in texts):
         raise UserError(f"{key}: there is no prompt, or an empty one; type {key}='a photo of a sks dog'")
-    return texts
+    return [str(text) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def find_model(cfg: DictConfig) -> Model:
     if (folder / "model_index.json").exists():
         return Model(str(folder), adapter=given)
     if (folder / "config.yaml").exists():
-        model, own = OmegaConf.load(folder / "config.yaml").model, folder / "adapter"
+        model, own = settings_in(folder).model, folder / "adapter"
         whole = (folder / "pipeline" / "model_index.json").exists()
         beside = given or (adapter_in(own) if own.is_dir() else None)
         if given is None and beside is not None and not (whole and beside.whole):
@@ -153,6 +154,7 @@ def choose_folder(cfg: DictConfig, pictures: list[dict[str, Any]]) -> Path:
     """The folder for these pictures: ``infer.out_path``, else the first ``generated`` folder that holds no others."""
     if cfg.infer.out_path is not None:
         folder = Path(cfg.infer.out_path).expanduser()
+        checks.writable(folder, "infer.out_path")
         if (other := foreign_picture(folder, pictures)) is not None:
             raise UserError(f"infer.out_path: {other} was drawn with other settings or by others; type another folder")
         return folder

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from dreambooth.config import build
+from dreambooth.data import checks
 from dreambooth.data.progress import progress_bar
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
@@ -43,6 +44,8 @@ def identifier(cfg: DictConfig) -> list[Identifier]:
     if not is_rank_zero():
         return []
     how, data = cfg.identifier, cfg.model.data
+    if how.out_path is not None:
+        checks.writable(Path(how.out_path).expanduser().parent, "identifier.out_path")
     before, after = around_the_rare_word(data.instance_prompt, data.regularization_prompt)
     family, encoder = build(cfg.model.family), build(cfg.metrics).encoders.get("dino")
     if encoder is None:

@@ -101,6 +101,8 @@ def explain(error: BaseException, tree: Mapping[str, Any], groups: Iterable[str]
         name = wrong[1]
         if "/" in name:
             return f"{place}{name}: there is no such group{nearest(name, groups)}"
+        if name.startswith("hydra."):
+            return f"{place}{name}: there is no such key; the run folder is hydra.run.dir"
         near = other_card(name, groups, folder) or nearest_key(name, tree)
         return f"{place}{name}: there is no such key{near}"
     if isinstance(error, MarkedYAMLError) and error.problem_mark:

@@ -1,7 +1,6 @@
 """What optimizers need beyond torch's contract. Most need nothing: a card in conf/model/optim/ names their class."""
 
 import contextlib
-import inspect
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +13,6 @@ from torch.optim import Optimizer
 
 from dreambooth.errors import UserError
 from dreambooth.parallel.parts import whole
-
-
-def checked(optim: "partial[Optimizer]") -> "partial[Optimizer]":
-    """``optim`` as it is; UserError when its class does not have one of the keys, before there is anything to learn."""
-    try:
-        inspect.signature(optim.func).bind(None, **optim.keywords)
-    except TypeError as error:
-        raise UserError(f"model.optim: {error} of {optim.func.__name__}; leave it out with ~model.optim.KEY") from None
-    return optim
 
 
 def prodigy(**settings: Any) -> "partial[Optimizer]":

@@ -1,4 +1,4 @@
-"""Numbered pictures on disk, each with the settings that drew it: drawn where they are missing, never drawn over."""
+"""Numbered pictures on disk, each with the settings that drew it: drawn where missing or cut short, else left alone."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.data.progress import progress_bar
 from dreambooth.families.base import Family
-from dreambooth.files import atomic, content_key
+from dreambooth.files import atomic, content_key, fault_of
 from dreambooth.sampling import draw, picture_seed
 
 TEXT_CHUNK = "dreambooth"  # the PNG's text chunk that holds the settings as JSON
@@ -62,14 +62,14 @@ def numbered_paths(folder: Path, pictures: Sequence[Settings]) -> list[Path]:
 def draw_missing(family: Family, folder: Path, pictures: Sequence[Settings], label: str) -> int:
     """Draw those of the pictures that ``folder`` lacks, with a bar of that ``label``; how many are new."""
     paths = numbered_paths(folder, pictures)
-    batches = [batch for batch in batches_of(pictures) if not all(paths[number].exists() for number in batch)]
-    new = sum(not path.exists() for path in paths)
+    batches = [batch for batch in batches_of(pictures) if not all(_whole(paths[number]) for number in batch)]
+    new = sum(not _whole(path) for path in paths)
     with progress_bar(sum(map(len, batches)), label, "picture") as bar:
         bar.leave = False
         for batch in batches:
             drawn = draw_batch(family.to_pipeline(), [pictures[number] for number in batch])
             for number, image in zip(batch, drawn, strict=True):
-                if not paths[number].exists():
+                if not _whole(paths[number]):
                     _write(paths[number], image, pictures[number])
             bar.update(len(batch))
     return new
@@ -86,14 +86,19 @@ def draw_through(store: str | None, family: Family, folder: Path, pictures: Sequ
         foreign.unlink()  # of another content than the folder's name says: damaged
     draw_missing(family, shared, pictures, label)
     for source, path in zip(numbered_paths(shared, pictures), numbered_paths(folder, pictures), strict=True):
-        if not path.exists():
+        if not _whole(path):
             with atomic(path) as temporary:
                 shutil.copyfile(source, temporary)
 
 
 def missing(folder: Path, pictures: Sequence[Settings]) -> bool:
     """Whether there is anything to draw."""
-    return not all(path.exists() for path in numbered_paths(folder, pictures))
+    return not all(_whole(path) for path in numbered_paths(folder, pictures))
+
+
+def _whole(path: Path) -> bool:
+    """Whether a picture is there, and not cut short."""
+    return path.exists() and fault_of(path) is None
 
 
 def foreign_picture(folder: Path, pictures: Sequence[Settings]) -> Path | None:

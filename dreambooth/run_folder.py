@@ -1,63 +1,26 @@
-"""The run folder: which one a command means, and whether it begins, goes on, or is finished.
+"""The run folder: whether what lies there begins, goes on, or is finished.
 
-Importable without torch, numpy and PIL: Hydra asks for the id before anything else is loaded.
+Importable without torch, numpy and PIL.
 """
 
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import count
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.errors import UserError
+from dreambooth.run_id import irrelevant
 
 log = logging.getLogger(__name__)
 
-# Settings (patterns on "key=value") that leave the trained weights and the pictures as they are: how the command is
-# run, where copies are kept, what is shown meanwhile. `task` and `infer` are among them, so that `task=generate` added
-# to a training command means the folder of that training. Devices and precision change the bits and are not.
-IRRELEVANT = (
-    "task=train",
-    "task=prepare",
-    "task=generate",
-    "task=evaluate",
-    "task=export",
-    "task=identifier",
-    "identifier.*",
-    "task=report",
-    "name=*",
-    "resume=*",
-    "hydra.*",
-    "hydra/*",
-    "run_dir=*",
-    "infer.*",
-    "infer=*",
-    "evaluate.out_path=*",
-    "report.*",
-    "task=shard",
-    "shard.*",
-    "shard=*",
-    "report=*",
-    "callbacks.report*",
-    "callbacks.checkpoint*",
-    "callbacks.progress*",
-    "callbacks.preemption*",
-    "callbacks/progress*",
-    "model.data.num_workers=*",
-    "model.data.cached_instance_dir=*",
-    "model.data.cached_reg_dir=*",
-    "trainer.enable_*",
-    "trainer.log_every_n_steps=*",
-)
 GOALS = ("trainer.max_steps", "trainer.max_epochs")  # may be raised in a folder that exists; STOPS may be changed
 STOPS = tuple(f"callbacks.evaluate.{name}" for name in ("patience", "max_drift", "max_forgetting", "target"))
 # May differ in a folder that exists: how the ranks share the work. Its sum, the global batch, is in the checkpoints.
@@ -74,7 +37,6 @@ SHARING = (
 FOLDER_VARIABLE = "DREAMBOOTH_RUN_FOLDER"  # tells the processes that Lightning starts what rank 0 decided
 CONFIG, OVERRIDES, SUMMARY = "config.yaml", "overrides.yaml", "summary.json"
 MISSING = "(absent)"
-RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -83,34 +45,6 @@ class Run:
 
     folder: Path
     summary: dict[str, Any] | None = None
-
-
-def run_id(override_dirname: str) -> str:
-    """Name of the run: the SLURM job (``<array job>_<task>``), else torchrun's run id, else a hash of the overrides.
-
-    torchrun without ``--rdzv-id`` makes up a UUID for each start; the same command would not find its folder by that.
-
-    ``override_dirname`` is Hydra's ``key=value,key=value``; those in ``IRRELEVANT`` do not count. An interactive SLURM
-    shell is no job: several commands are typed in it.
-    """
-    env = os.environ
-    if env.get("SLURM_JOB_ID") and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        array = env.get("SLURM_ARRAY_JOB_ID")
-        return f"{array}_{env.get('SLURM_ARRAY_TASK_ID', '0')}" if array else env["SLURM_JOB_ID"]
-    launched = env.get("TORCHELASTIC_RUN_ID", "none")
-    if launched != "none" and not RANDOM_ID.fullmatch(launched):
-        return launched
-    return settings_id(override_dirname)
-
-
-def settings_id(override_dirname: str) -> str:
-    """A hash of the overrides that change the result: the name of a job of a sweep, of which a SLURM job may run many.
-
-    It is the name that the same settings have without a sweep and without a launcher, so either goes on with the other.
-    """
-    overrides = re.split(r",(?=~|[+]*[A-Za-z_][\w./@]*=)", override_dirname)
-    relevant = sorted({override for override in overrides if not irrelevant(override.lstrip("+~"))})
-    return hashlib.blake2b("\n".join(relevant).encode(), digest_size=4).hexdigest()
 
 
 def is_rank_zero() -> bool:
@@ -132,13 +66,15 @@ def find_run(cfg: DictConfig, folder: Path) -> Run:
 
     The same settings go on, and so do a raised ``trainer.max_steps`` and other ``SHARING``; any others take a folder in
     which nothing was trained yet. With ``resume=false`` a folder that is taken is left alone and the next free one of
-    ``folder-2, folder-3, …`` begins.
+    ``folder-2, folder-3, …`` begins; a job that SLURM starts again goes on with the one that it began.
     Raises UserError when the folder belongs to other settings (naming them) or cannot be written.
     """
     if FOLDER_VARIABLE in os.environ and not is_rank_zero():
         return Run(Path(os.environ[FOLDER_VARIABLE]))
     if not cfg.resume:
-        folder = next(candidate for candidate in numbered(folder) if not _begun(candidate))
+        taken = list(takewhile(_begun, numbered(folder)))
+        restarted = taken and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        folder = taken[-1] if restarted else next(islice(numbered(folder), len(taken), None))
     run = Run(folder, _finished(cfg, folder) if _begun(folder) else None)
     if is_rank_zero():
         os.environ[FOLDER_VARIABLE] = str(run.folder)
@@ -174,8 +110,7 @@ def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
             f"{folder} holds a run with other settings ({shown}{more}): type the old values to go on with it, "
             "hydra.run.dir=ANOTHER_FOLDER, or resume=false to begin afresh beside it"
         )
-    if not raised and not refused and (folder / SUMMARY).exists():
-        summary = json.loads((folder / SUMMARY).read_text())
+    if not raised and not refused and (summary := summary_in(folder)) is not None:
         more = " ".join(f"{key}=null" for key in STOPS) if summary.get("stopped") else "a higher trainer.max_steps"
         if not summary.get("stopped") or all(changed[key][0] == MISSING for key in loosened):  # a run from before a key
             told = "%s is finished (%s steps): to train on, type hydra.run.dir=%s and %s; to begin afresh, resume=false"
@@ -184,11 +119,6 @@ def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     if is_rank_zero() and not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"the run folder {folder} cannot be written: make it writable, or set hydra.run.dir=DIR")
     return None
-
-
-def irrelevant(setting: str) -> bool:
-    """Whether a ``key=value`` leaves the trained weights and the pictures as they are."""
-    return any(fnmatchcase(setting, pattern) for pattern in IRRELEVANT)
 
 
 def numbered(folder: Path) -> Iterator[Path]:
@@ -210,12 +140,36 @@ def _trained(folder: Path) -> bool:
     return left or (rows.exists() and len(rows.read_text().splitlines()) > 1)
 
 
-def _read_config(folder: Path) -> Any:
+def settings_in(folder: Path, remedy: str = "repair it, or name another run") -> Any:
+    """The unresolved tree of the run in ``folder``; UserError, with the ``remedy``, when its config.yaml is damaged."""
     try:
-        return OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+        found: Any = OmegaConf.load(folder / CONFIG)
+        whole = OmegaConf.is_dict(found) and OmegaConf.is_dict(found.get("model"))
+        reason = "" if whole else "it does not hold the settings of a run"
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder / CONFIG} cannot be read ({reason}): type resume=false to begin afresh") from None
+    if reason:
+        raise UserError(f"{folder / CONFIG} cannot be read ({reason}): {remedy}")
+    return found
+
+
+def summary_in(folder: Path) -> dict[str, Any] | None:
+    """The summary.json of the run in ``folder``; None where there is none, or a damaged one, which is said."""
+    path = folder / SUMMARY
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or "steps" not in found:
+        log.warning("%s is damaged: it is written again when the run ends", path)
+        return None
+    return found
+
+
+def _read_config(folder: Path) -> Any:
+    return OmegaConf.to_container(settings_in(folder, "type resume=false to begin afresh"))
 
 
 def _write_config(settings: Any, folder: Path) -> None:

@@ -88,7 +88,7 @@ class SweepTable(Callback):
         shutil.rmtree(folder / RECORDS, ignore_errors=True)
         failed = [record for record in records if record["error"]]
         try:
-            if len(failed) < len(records) and all(record["task"] in MEASURED for record in records):
+            if records and all(record["task"] in MEASURED for record in records):
                 from dreambooth.report.sweep import finish  # needs torch
 
                 finish(folder, records)

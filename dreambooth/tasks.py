@@ -25,7 +25,6 @@ from dreambooth.data import checks
 from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.errors import UserError, about
 from dreambooth.module import DreamBoothModule
-from dreambooth.optimizers import checked
 from dreambooth.parallel.checkpoint import Resume, same_batch
 from dreambooth.parallel.checks import check
 from dreambooth.report.overrides import record
@@ -63,6 +62,8 @@ def _train(cfg: DictConfig) -> RunResult:
     for node in cfg.logger.values():
         build(node)  # a package that is missing is said before anything is loaded or written
     tuning, data = prepare_data(cfg)
+    if (grid := cfg.callbacks.get("sample_grid")) is not None and "resolution" in grid:
+        checks.resolution(grid.resolution, tuning.family.factor, "callbacks.sample_grid.resolution")
     module = make_module(cfg, tuning)
     callbacks = make_callbacks(cfg)
     if (kept := newest(run.folder / FOLDER, module.base)) is not None:
@@ -81,7 +82,7 @@ def _train(cfg: DictConfig) -> RunResult:
     )
     if by_epochs:
         trainer.fit_loop.epoch_loop.max_steps = math.ceil(cfg.trainer.max_epochs * data.epoch_size / math.prod(factors))
-    fit(trainer, module, data)
+    fit(trainer, module, data, cfg.resume)
     trainer.strategy.barrier()  # the first rank writes the summary
     path = run.folder / "summary.json"
     return RunResult(run.folder, json.loads(path.read_text()) if path.exists() else {})
@@ -121,7 +122,7 @@ def make_module(cfg: DictConfig, tuning: Tuning) -> DreamBoothModule:
         tuning,
         build(model.objective)(family.scheduler, build(model.loss)),
         build(model.weighting),
-        checked(build(model.optim)),
+        build(model.optim),
         dict(model.sched),
         model.prior_loss_weight,
         model.noise_offset,
@@ -172,8 +173,11 @@ def counts_epochs(cfg: DictConfig) -> bool:
     return epochs not in (None, -1)
 
 
-def fit(trainer: pl.Trainer, module: DreamBoothModule, data: DreamBoothDataModule) -> None:
-    """``trainer.fit``, where Ctrl-C and SIGTERM say in one line where the run stands and end with their usual codes."""
+def fit(trainer: pl.Trainer, module: DreamBoothModule, data: DreamBoothDataModule, same_again: bool = True) -> None:
+    """``trainer.fit``, where Ctrl-C and SIGTERM say in one line where the run stands and end with their usual codes.
+
+    ``same_again`` is whether the same command goes on: with ``resume=false`` it would begin afresh.
+    """
     with ended_by_sigterm(trainer):
         try:
             trainer.fit(module, datamodule=data)
@@ -182,7 +186,8 @@ def fit(trainer: pl.Trainer, module: DreamBoothModule, data: DreamBoothDataModul
             kept = newest(folder / FOLDER, module.base)
             place = f"step {int(kept.stem[5:])}" if kept else "the beginning"
             step, goal = trainer.global_step, trainer.max_steps
-            log.warning("stopped at step %d of %d in %s: the same command goes on from %s", step, goal, folder, place)
+            again = "the same command goes on" if same_again else f"hydra.run.dir={folder} without resume=false goes on"
+            log.warning("stopped at step %d of %d in %s: %s from %s", step, goal, folder, again, place)
             raise SystemExit(143 if end.code == 143 else 130) from None
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dreambooth.adapters import Adapter
-from dreambooth.callbacks.evaluate import Evaluate
+from dreambooth.callbacks.evaluate import Evaluate, kept_step
 from dreambooth.config import compose
 from dreambooth.errors import UserError
 from dreambooth.evaluation import evaluate
@@ -176,7 +176,8 @@ def test_the_best_step_is_kept_and_put_back(tiny_sd: Path, tmp_path: Path) -> No
     module, other = (module_of(tiny_sd, tuning=LORA) for _ in range(2))
     for weight in module.learning():
         weight.data += 1
-    callback._keep(module, tmp_path / "best.safetensors")
+    callback._keep(module, tmp_path / "best.safetensors", 7)
+    assert kept_step(tmp_path / "best.safetensors") == 7
     assert set(load_file(tmp_path / "best.safetensors")) == module.tuning.names
     other.settle_on(load_file(tmp_path / "best.safetensors"))
     assert all(torch.equal(*pair) for pair in zip(module.learning(), other.learning(), strict=True))

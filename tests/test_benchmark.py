@@ -75,6 +75,7 @@ def test_the_pockets_protocols():
         (["benchmark=paper", "benchmark.folder=/nowhere"], r"benchmark\.folder: /nowhere"),
         (["benchmark.subjects=[dog,cow]"], r"benchmark\.subjects: cow not in pocket"),
         (["callbacks.evaluate=null"], r"callbacks\.evaluate is null"),
+        (["callbacks.summary=null"], r"callbacks\.summary is null"),
         (["resume=false"], r"resume=false: .* type hydra\.run\.dir=ANOTHER_FOLDER$"),
         (["resume=false", "benchmark.runs_dir=runs"], r"hydra\.run\.dir=ANOTHER_FOLDER and benchmark\.runs_dir=null$"),
     ],
@@ -85,6 +86,27 @@ def test_bad_input_is_one_line(words, complaint, tmp_path, monkeypatch):
         benchmark(compose(["task=benchmark", *words]))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_subject_without_photos_is_said_before_another_is_trained(layout):
+    for photo in (layout / "teapot").iterdir():
+        photo.unlink()
+    with pytest.raises(UserError, match=r"^benchmark\.folder: .*teapot"):
+        tasks_of(compose(["benchmark=paper", f"benchmark.folder={layout}"]).benchmark)
+
+
+def test_scores_that_are_cut_short_are_none(tmp_path):
+    """At the end of a line, too, and where what is left is no row."""
+    metrics = {"after": {"dino": 0.5}, "pictures": {"before": 0, "after": 2, "real": 1}}
+    (tmp_path / "summary.json").write_text(json.dumps({"metrics": metrics}))
+    (tmp_path / "evaluation").mkdir()
+    scores = tmp_path / "evaluation" / "scores.jsonl"
+    rows = [json.dumps({"set": name, "file": "0.png"}) + "\n" for name in ("real", "after", "after")]
+    scores.write_text("".join(rows))
+    assert results.measured(tmp_path) == metrics
+    for left in ("", "".join(rows[:-1]), "5\n", rows[0] + '{"set": "after"}\n', "".join(rows)[:-9]):
+        scores.write_text(left)
+        assert results.measured(tmp_path) is None, left
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a strategy cannot do is said in one line, before anything is loaded or written."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,11 @@ class Own(Full):
         (["trainer.strategy=ddp_spawn"], 0, ["trainer.strategy=ddp_spawn", "type strategy=ddp"]),
         (["strategy=fsdp", "trainer.precision=16-mixed"], 0, ["16-mixed", "fsdp", "bf16-mixed"]),
         (["strategy=deepspeed_2", "trainer.precision=16-mixed"], 2, ["16-mixed", "bf16-mixed"]),
+        (["trainer.precision=16-mixed"], 0, ["trainer.precision=16-mixed needs a GPU", "bf16-mixed"]),
+        (["trainer.precision=16-mixed", "trainer.accelerator=cpu"], 2, ["needs a GPU"]),
+        (["callbacks.sample_grid.resolution=63"], 0, ["callbacks.sample_grid.resolution=63", "56 or", "64"]),
+        (["+model.data.foo=1"], 0, ["model.data: ", "'foo'", "leave it out with ~model.data.KEY"]),
+        (["+model.tuning.foo=1"], 0, ["model.tuning: ", "'foo'"]),
         (["strategy=fsdp", "model/optim=adafactor"], 0, ["model.optim", "strategy=fsdp", "model/optim=adamw"]),
         (
             ["strategy=fsdp", "model.tuning._target_=tests.test_checks.Own"],
@@ -143,3 +149,22 @@ def test_a_folder_may_be_gone_on_with_by_other_ranks(tmp_path: Path) -> None:
     assert "FsdpStrategy" in (tmp_path / "config.yaml").read_text()
     with pytest.raises(UserError, match="other settings"):
         open_run(compose([folder, "strategy=ddp", "model.optim.lr=1"]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ([], r"^trainer\.devices=1, but torchrun started 2 processes here: type trainer\.devices=2, or .*=1$"),
+        (["trainer.devices=2"], r"^trainer\.num_nodes=1, but torchrun started processes on 3 nodes: .*num_nodes=3"),
+        (["trainer.devices=2", "trainer.num_nodes=3"], None),
+        (["trainer.devices=auto", "trainer.num_nodes=3"], None),
+    ],
+)
+def test_torchruns_processes_are_those_of_the_trainer(typed, line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would take itself for the only one, and write what the others write."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}.items():
+        monkeypatch.setenv(name, value)
+    cfg = compose(["trainer.accelerator=cpu", *typed])
+    with pytest.raises(UserError, match=line) if line else nullcontext():
+        checks.check(cfg)

@@ -47,6 +47,21 @@ def test_help_reads_like_a_page_without_loading_torch(tmp_path):
     assert subprocess.run([sys.executable, "-c", probe], env=environment, check=False).returncode == 0
 
 
+def test_who_reads_only_the_first_lines_is_told_nothing_more(tmp_path):
+    command = [sys.executable, str(LAUNCH), "--help"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_short_flag_that_nobody_has_is_one_line(monkeypatch, capsys):
+    code, err = in_process(monkeypatch, capsys, "-x")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "-x: there is no such flag" in err
+    assert not any(flags.unknown(flag) for flag in "-h -c -p -m -r -i -cd -cn -cp -1 -0.5".split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -9,7 +9,7 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from dreambooth import config, rules
+from dreambooth import config, values
 from dreambooth.cli import TASKS
 from dreambooth.errors import UserError
 
@@ -93,6 +93,12 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("model/optin=adamw", ["no such group", "did you mean 'model/optim'"]),
         ("model/weighting=minsnr", ["did you mean 'min_snr'"]),
         ("model.weighting=min_snr", ["model/weighting=min_snr"]),
+        ("model.data=folder", ["model.data holds keys; a card is picked with model/data=folder"]),
+        ("model.ema=0.99", ["model.ema holds keys; type one of them, such as model.ema.decay=..."]),
+        ("model.data.sampler=DDIM", ["model.data.sampler holds keys", "such as model.data.sampler."]),
+        ("model.sched=cosine", ["model.sched.name=..."]),
+        ("hydra.run.dir=", ["hydra.run.dir is empty"]),
+        ("hydra.run.dirr=x", ["hydra.run.dirr: there is no such key", "hydra.run.dir"]),
         ("experiment=nemo_sd51", ["did you mean 'nemo_sd15'"]),
         ("~model.prior", ["~model.prior: it cannot be left out", "model.prior=images"]),
         ("~trainer.devices", ["~trainer.devices: it cannot be left out"]),
@@ -123,7 +129,7 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("infer.prompts=[]", ["infer.prompts is empty"]),
         ("infer.sampler_type=DDMI", ["did you mean 'DDIM'"]),
         ("model.data.sampler.sampler_type=DDMI", ["model.data.sampler.sampler_type", "did you mean 'DDIM'"]),
-        ("model.data.sampler.inference_steps=1001", ["model.data.sampler.inference_steps", "1 to 1000"]),
+        ("model.data.sampler.inference_steps=1000", ["model.data.sampler.inference_steps", "1 to 999"]),
         ("infer.unconditional_guidance_scale=-1", ["at least 0"]),
         ("evaluate.guidance_rescale=1.5", ["evaluate.guidance_rescale=1.5", "from 0 to 1"]),
         ("callbacks.checkpoint.every_n_train_steps=0", ["at least 1"]),
@@ -180,7 +186,7 @@ def test_what_lightning_refuses_is_one_line_too(override, words):
 
 
 def test_the_samplers_of_the_tree_are_those_that_draw():
-    assert set(rules.SAMPLERS) == set(get_object("dreambooth.sampling.SAMPLERS"))
+    assert set(values.SAMPLERS) == set(get_object("dreambooth.sampling.SAMPLERS"))
 
 
 def test_every_task_exists():

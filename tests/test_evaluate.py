@@ -4,17 +4,22 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dreambooth import UserError, compose, config, train
+from dreambooth.callbacks.evaluate import BEST, Evaluate
 from dreambooth.evaluation import evaluate
 from dreambooth.generation import generate
+from dreambooth.metrics.curves import read_curves
 from dreambooth.metrics.measure import pictures_of, read_scores, table
+from dreambooth.metrics.tradeoff import Tradeoff
+from dreambooth.parallel.export import export
 from dreambooth.picture_files import TEXT_CHUNK
 from dreambooth.pocket import SUBJECTS
 from dreambooth.run_folder import open_run
@@ -118,9 +123,67 @@ def test_measuring_again_gives_the_same_to_the_last_digit(finished, tmp_path):
     evaluate(compose([f"infer.model={run}", "task=evaluate"]))
     assert (run / "evaluation" / "scores.jsonl").read_bytes() == before
 
+    drawn = run / "evaluation" / "after" / "00002.png"
+    drawn.write_bytes(drawn.read_bytes()[:-200])  # cut short behind its settings
+    evaluate(compose([f"infer.model={run}", "task=evaluate"]))
+    assert (run / "evaluation" / "scores.jsonl").read_bytes() == before
+    noted = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert noted["best_step"] == finished.summary["best_step"]
+
     other = evaluate(compose([f"infer.model={run}", "task=evaluate", "evaluate.seed=5"]))
     assert other.folder == run / "evaluation-2"
     assert json.loads((run / "summary.json").read_text())["metrics"] == finished.summary["metrics"]
+
+
+@pytest.mark.slow
+def test_measured_otherwise_a_run_keeps_its_own_figures(finished, tmp_path):
+    """Likeness to other photos, or another order of averaging, is not what the run was measured by."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run)
+    before = {path: path.read_bytes() for path in (run / "summary.json", *run.glob("evaluation/*.json*"))}
+    folders = []
+    for typed in (f"evaluate.photos={SUBJECTS / 'car'}", "metrics.average=prompts", "~metrics.encoders.clip"):
+        found = evaluate(compose([f"infer.model={run}", "task=evaluate", typed]))
+        folders.append(found.folder.name)
+        assert evaluate(compose([f"infer.model={run}", "task=evaluate", typed])).folder == found.folder
+    assert folders == ["evaluation-2", "evaluation-3", "evaluation-4"]
+    assert found.metrics["after"]["clip_t"] is None
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_damaged_settings_of_a_run_are_one_line(tmp_path):
+    for damaged in ("", "{", "other: 1"):
+        (tmp_path / "config.yaml").write_text(damaged)
+        for task in (evaluate, generate, export):
+            with pytest.raises(UserError, match=r"config\.yaml cannot be read .*name another run") as caught:
+                task(compose([f"infer.model={tmp_path}", "infer.prompts=a"]))
+            assert "\n" not in str(caught.value)
+
+
+def test_the_best_step_is_exported_only_from_its_own_weights(tmp_path, caplog):
+    """A killed run may have come further, to weights that the same steps do not come to again."""
+    callback = Evaluate.__new__(Evaluate)
+    callback.every, callback.tradeoff = 2, Tradeoff(0.9, None)
+    for step, dino in ((0, 0.1), (2, 0.6), (4, 0.3)):
+        callback.tradeoff.add(step, {"dino": dino, "pres": 0.1, "clip_t": 0.5})
+    put: list[dict] = []
+    trainer, module = SimpleNamespace(global_step=4, default_root_dir=tmp_path), SimpleNamespace(settle_on=put.append)
+    assert callback._settle(trainer, module) == 4  # nothing was kept
+    (tmp_path / "checkpoints").mkdir()
+    for kept, exported in ((3, 4), (2, 2)):
+        save_file({"w": torch.zeros(1)}, tmp_path / BEST, metadata={"step": str(kept)})
+        assert callback._settle(trainer, module) == exported
+    assert len(put) == 1
+    assert "step 2 was the best, but" in caplog.text
+    callback.every = None  # keeps none: the last
+    assert callback._settle(trainer, module) == 4
+
+
+def test_damaged_curves_are_one_line(tmp_path):
+    for damaged in ("step,dino\n1,0.5\n", "step,dino,clip_i,clip_t,pres,div,copy,score\nx,,,,,,,\n"):
+        (tmp_path / "curves.csv").write_text(damaged)
+        with pytest.raises(UserError, match=r"curves\.csv cannot be read"):
+            read_curves(tmp_path / "curves.csv")
 
 
 def test_a_run_is_drawn_by_its_own_settings(finished, tmp_path):
@@ -154,7 +217,7 @@ def test_a_pipeline_folder_has_no_before(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_folder_of_pictures_needs_no_model(tmp_path):
-    cfg = [f"evaluate.images={SUBJECTS / 'dog'}", f"evaluate.out_path={tmp_path / 'out'}", "task=evaluate"]
+    cfg = [f"evaluate.images={SUBJECTS / 'dog'}", f"hydra.run.dir={tmp_path / 'out'}", "task=evaluate"]
     found = evaluate(compose([*cfg, "evaluate.prompts=a photo of a dog", f"evaluate.photos={SUBJECTS / 'car'}"]))
     assert found.metrics["pictures"] == {"before": 0, "after": 5, "real": 5}
     assert found.metrics["after"]["dino"] < 0.6 < found.metrics["real"]["dino"]
@@ -191,6 +254,13 @@ def test_the_scores_of_other_pictures_are_never_written_over(tmp_path, monkeypat
     for name, images in zip(folders, IMAGES, strict=False):
         shown = {row["file"] for row in read_scores(tmp_path / "run" / name / "scores.jsonl") if row["set"] == "after"}
         assert {Path(file).parent.name for file in shown} == {Path(images).name}
+    for images, out in ((IMAGES[0], "run/evaluation-2"), (IMAGES[1], "run/evaluation")):
+        with pytest.raises(UserError, match=r"evaluate\.out_path: .* has the scores of other pictures"):
+            evaluate(compose([*words, images, f"evaluate.out_path={out}"]))
+    (tmp_path / "run" / "evaluation" / "scores.jsonl").write_text("{")
+    evaluate(
+        compose([*words, IMAGES[0], "hydra.run.dir=run", "evaluate.out_path=elsewhere"])
+    )  # what is damaged is not asked
 
 
 @pytest.mark.parametrize(
@@ -200,7 +270,9 @@ def test_the_scores_of_other_pictures_are_never_written_over(tmp_path, monkeypat
         ([f"evaluate.images={SUBJECTS / 'dog'}", "evaluate.prompts=[a dog,a cat]"], "2 prompts for 5 pictures"),
         (["evaluate.images=nowhere", "evaluate.prompts=a dog"], r"evaluate\.images: cannot open nowhere"),
         (["evaluate.images=empty", "evaluate.prompts=a dog"], r"evaluate\.images: there is no picture"),
+        ([f"evaluate.images={SUBJECTS / 'dog'}"], r"evaluate\.images: what do they show\? Type evaluate\.prompts="),
         (["infer.model=/nowhere"], r"infer\.model=/nowhere"),
+        (["infer.model=empty", "evaluate.out_path=/proc/x"], r"evaluate\.out_path: /proc/x cannot be written"),
         (["evaluate.images=x", "evaluate.prompts=''"], r"evaluate\.prompts is empty"),
         (["metrics.text=neither"], r"metrics\.text=neither"),
         (["metrics.average=prompt"], r"metrics\.average=prompt: there is no such choice; did you mean 'prompts'"),

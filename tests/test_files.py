@@ -82,8 +82,10 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
     assert saved(orange.quantize(4), "Pt.png", tmp_path, transparency=0) == (255, 255, 255)
     assert saved(orange, "t.png", tmp_path, transparency=(200, 100, 0)) == (255, 255, 255)
     assert np.allclose(saved(orange.convert("CMYK"), "c.jpg", tmp_path), (200, 100, 0), atol=4)
-    with pytest.raises(ValueError, match="float"):
-        saved(Image.new("F", (4, 4), 0.5), "f.tiff", tmp_path)
+    assert saved(Image.fromarray(np.full((4, 4), 32768, np.uint16)), "16.tiff", tmp_path) == (128, 128, 128)
+    for mode, value in (("F", 0.5), ("I", 200)):  # a white of 1, of 255, of 65,535, ...?
+        with pytest.raises(ValueError, match="32-bit pixels have no agreed range"):
+            saved(Image.new(mode, (4, 4), value), f"{mode}.tiff", tmp_path)
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:

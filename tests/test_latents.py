@@ -67,12 +67,26 @@ def test_a_damaged_or_foreign_entry_is_made_again_and_said_once(
 def test_each_rank_makes_its_share_of_what_is_missing(tmp_path: Path) -> None:
     gather(Maker(tmp_path).items("a"), "encoding", "latent")
     second, made = Maker(tmp_path), []
-    waits = iter([lambda: None, lambda: made.extend(gather(second.items(*"bd"), "encoding", "latent")[0])])
+    waits = iter([lambda: None, lambda: made.extend(gather(second.items(*"ce"), "encoding", "latent")[0])])
     first = Maker(tmp_path)
     _, missing = gather(first.items(*"abcde"), "encoding", "latent", rank=1, world=2, barrier=lambda: next(waits)())
     assert missing == 4
-    assert first.made == ["c", "e"]
-    assert second.made == ["b", "d"]
+    assert first.made == ["b", "d"]
+    assert second.made == ["c", "e"]
+
+
+def test_what_another_job_stores_between_two_looks_leaves_nothing_unmade(tmp_path: Path) -> None:
+    first, other, second = (Maker(tmp_path) for _ in range(3))
+
+    def meanwhile() -> None:
+        gather(other.items(*"ac"), "encoding", "latent")
+        entries, _ = gather(second.items(*"abcd"), "encoding", "latent", rank=1, world=2)
+        assert len(entries) == 4
+
+    waits = iter([meanwhile, lambda: None])
+    entries, _ = gather(first.items(*"abcd"), "encoding", "latent", rank=0, world=2, barrier=lambda: next(waits)())
+    assert len(entries) == 4
+    assert (first.made, second.made) == (["a", "c"], ["b", "d"])
 
 
 def test_a_full_disk_names_the_file_and_the_key(small_disk: Path) -> None:

@@ -143,6 +143,8 @@ def test_the_class_text_leaves_out_the_rare_word_alone():
     names = ("a photo of a sks dog", "a photo of a dog")
     assert class_text("a photo of a sks dog on the beach", *names) == "a photo of a dog on the beach"
     assert class_text("Sks, a dog", *names) == "a dog"
+    marks = ("a photo of sks, a dog", "a photo of a dog")
+    assert class_text("a photo of sks, a dog on the beach", *marks) == "a photo of a dog on the beach"
     assert class_text("a task for a dog", *names) == "a task for a dog"
 
 

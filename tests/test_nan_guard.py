@@ -1,12 +1,16 @@
 """The guard against losses that are not finite."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from dreambooth.callbacks.checkpoint import Checkpoint, newest
 from dreambooth.callbacks.nan_guard import NanGuard
 from dreambooth.errors import UserError
+from dreambooth.parallel.checkpoint import Resume
 from dreambooth.parallel.tensors import read
 from tests.steps import module_of, run
 
@@ -38,10 +42,41 @@ def test_lets_a_rare_one_pass_and_reads_rarely(tiny_sd: Path, monkeypatch: pytes
     """One bad step in five is skipped; a short run of nothing else is not called finished."""
     readings = []
     monkeypatch.setattr(
-        NanGuard, "check", lambda self, allowed, real=NanGuard.check: (readings.append(1), real(self, allowed))
+        NanGuard, "check", lambda self, trainer, real=NanGuard.check: (readings.append(1), real(self, trainer))
     )
     _, rows = run(module_of(tiny_sd), 20, size=1, poison="instance/3", callbacks=[NanGuard(4)])
     assert sum(row["loss"] != row["loss"] for row in rows) == 4
     assert len(readings) == 20 // 4 + 1
     with pytest.raises(UserError, match="2 steps in a row"):
         run(module_of(tiny_sd), 2, size=5, poison="instance/3", callbacks=[NanGuard(10)])
+
+
+def test_a_run_that_was_refused_at_its_end_is_not_finished_by_typing_it_again(tiny_sd: Path, tmp_path: Path) -> None:
+    """What its last step would have saved is not saved, so there is a step left to be refused."""
+    for _ in range(2):
+        callbacks = [NanGuard(4), Checkpoint(1)]
+        kept = newest(tmp_path / "checkpoints", module_of(tiny_sd).base)
+        callbacks += [Resume(kept)] if kept else []
+        with pytest.raises(UserError, match="steps in a row"):
+            run(
+                module_of(tiny_sd),
+                3,
+                size=5,
+                poison="instance/3",
+                callbacks=callbacks,
+                default_root_dir=tmp_path,
+                enable_checkpointing=True,
+            )
+        assert not (tmp_path / "checkpoints" / "step_000003.ckpt").exists()
+
+
+def test_what_is_allowed_does_not_depend_on_where_a_run_went_on(tiny_sd: Path) -> None:
+    """One step of a hundred may be skipped, also when it is the only one since the run was resumed."""
+    guard, module = NanGuard(4), SimpleNamespace(device="cpu", step_metrics={"loss": torch.tensor(torch.nan)})
+    trainer: Any = SimpleNamespace(global_step=99, max_steps=100, accumulate_grad_batches=1)
+    guard.on_train_start(trainer, module)  # type: ignore[arg-type]
+    trainer.global_step = 100
+    outputs = {"per_example": torch.tensor([torch.nan])}
+    guard.on_train_batch_end(trainer, module, outputs, {"paths": ["a"]}, 0)
+    guard.on_train_end(trainer, module)  # type: ignore[arg-type]
+    assert int(guard.longest) == 1

@@ -24,7 +24,13 @@ def write_run(folder: Path, dino: list[float], pres: list[float], seconds: float
 
 
 def row(kind: str, role: str, number: int, **scores: float) -> dict:
-    place = {"set": kind, "role": role, "prompt_index": 0 if role == "subject" else 1, "picture_index": number}
+    place = {
+        "set": kind,
+        "file": f"{kind}/{number}.png",
+        "role": role,
+        "prompt_index": 0 if role == "subject" else 1,
+        "picture_index": number,
+    }
     return place | dict.fromkeys(NAMES) | scores
 
 

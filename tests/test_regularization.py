@@ -170,7 +170,15 @@ def test_a_manifest_without_pictures_binds_nobody_and_a_damaged_one_is_named(
     inspect(tmp_path, settings(prompt="a cat"))
     fill(lambda: pipeline, tmp_path, 1, settings(seed=5))
     assert json.loads((tmp_path / MANIFEST).read_text()) == {**settings(seed=5), "slots": [0]}
-    for text in ("{", "[]", "{}", json.dumps(settings())):
+    whole = settings(slots=[0])
+    wrong = [
+        {"slots": ["a"]},
+        {"slots": [-1]},
+        {"slots": [True]},
+        {"num_images_per_prompt": 0},
+        {"num_images_per_prompt": "4"},
+    ]
+    for text in ("{", "[]", "{}", json.dumps(settings()), *(json.dumps(whole | part) for part in wrong)):
         (tmp_path / MANIFEST).write_text(text)
         with pytest.raises(UserError, match=f"{tmp_path}/{MANIFEST} is no manifest; delete it"):
             inspect(tmp_path, settings())

@@ -23,7 +23,8 @@ from dreambooth.report.pictures import Album
 from dreambooth.report.read import read_run
 from dreambooth.report.scores import verdicts
 from dreambooth.report.task import report
-from dreambooth.run_folder import open_run, run_id
+from dreambooth.run_folder import open_run
+from dreambooth.run_id import run_id
 from tests.runs import PROMPT, make_run
 
 MOST = 5_000_000  # bytes

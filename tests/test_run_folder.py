@@ -10,7 +10,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.errors import UserError
-from dreambooth.run_folder import FOLDER_VARIABLE, Run, is_rank_zero, open_run, run_id
+from dreambooth.run_folder import FOLDER_VARIABLE, Run, is_rank_zero, open_run
+from dreambooth.run_id import run_id
 
 CLUSTER = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "NODE_RANK")
 
@@ -76,6 +77,11 @@ def test_same_settings_go_on_finish_and_can_be_raised(tmp_path: Path) -> None:
     assert not (folder / "summary.json").exists()
     assert OmegaConf.load(folder / "config.yaml").trainer.max_steps == 6
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.csv"]
+    logger = {"tensorboard": {"_target_": "somebody.Else"}}
+    assert open_run(settings(trainer__max_steps=6, logger=logger), folder) == Run(folder)  # shows, and changes nothing
+    for damaged in ("{", "3", "{}"):
+        (folder / "summary.json").write_text(damaged)
+        assert open_run(settings(trainer__max_steps=6), folder) == Run(folder)  # not finished: it ends once more
     with pytest.raises(UserError, match=r"trainer\.max_steps 6 → 4"):
         open_run(settings(), folder)
 
@@ -103,8 +109,10 @@ def test_other_settings_are_refused_by_name_and_leave_the_folder_alone(tmp_path:
     assert "\n" not in str(caught.value)
     assert (tmp_path / "config.yaml").read_bytes() == before
     (tmp_path / "config.yaml").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        open_run(settings(), tmp_path)
+    for damaged in ("{", "", "[1]", "model", "other: 1"):
+        (tmp_path / "config.yaml").write_text(damaged)
+        with pytest.raises(UserError, match=r"cannot be read .*resume=false"):
+            open_run(settings(), tmp_path)
 
 
 def test_a_folder_in_which_nothing_was_trained_is_begun_anew(tmp_path: Path) -> None:
@@ -127,7 +135,7 @@ def test_a_folder_in_which_nothing_was_trained_is_begun_anew(tmp_path: Path) -> 
         open_run(settings(model__optim__lr=7), tmp_path)
 
 
-def test_afresh_takes_the_next_free_folder(tmp_path: Path) -> None:
+def test_afresh_takes_the_next_free_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     taken = []
     for _ in range(3):
@@ -135,6 +143,10 @@ def test_afresh_takes_the_next_free_folder(tmp_path: Path) -> None:
         (run.folder / "metrics.csv").touch()
         taken.append(run.folder.name)
     assert taken == ["run", "run-2", "run-3"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the job that made run-3 is started again
+    assert open_run(settings(resume=False), folder).folder.name == "run-3"
+    assert open_run(settings(resume=False), tmp_path / "new").folder.name == "new"
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert open_run(settings(), tmp_path / "run-2").summary is None
 
 

@@ -248,3 +248,21 @@ def test_a_sweep_of_two_ranks_under_torchrun(tiny_sd: Path, photos: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "outputs" / "dreambooth" / "sweep.csv")
     assert [(row["seed"], row["steps"], row["error"]) for row in rows] == [("1", "2", ""), ("2", "2", "")]
+
+
+def test_a_sweep_of_failures_leaves_no_older_table_standing(sweep, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "bad"
+    folder.mkdir(parents=True)
+    (folder / "sweep.md").write_text("of jobs that were typed before")
+    code, _, err = sweep("model.optim.lr=-1,-2", "name=bad")
+    assert (code, err.splitlines()[-1]) == (2, "dreambooth: 2 of 2 jobs of the sweep failed")
+    assert [row["error"] for row in rows_of(folder / "sweep.csv")] == [
+        f"model.optim.lr={rate}: must be above 0" for rate in (-1, -2)
+    ]
+    assert (folder / "sweep.md").read_text().count("failed: ") == 2
+
+
+def test_a_run_without_a_summary_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    finish(tmp_path, [record(tmp_path / "one", "seed=1"), record(tmp_path / "one", "seed=2")])
+    assert [row["seed"] for row in rows_of(tmp_path / "sweep.csv")] == ["1", "2"]

@@ -80,8 +80,9 @@ def tasks_of(how: Any) -> list[Task]:
     cut = [Task(task.name, task.photos, task.noun, task.prompts[: how.num_prompts]) for task in found.values()]
     if not cut:
         raise UserError(f"benchmark.folder={how.folder}: no subject of {FILE} has a folder of photos there")
-    for task in cut if how.num_photos is not None else ():  # all of them before the first is trained
-        if how.num_photos > (there := len(list_pictures(task.photos, "benchmark.folder"))):
+    for task in cut:  # all of them before the first is trained
+        there = len(list_pictures(task.photos, "benchmark.folder"))
+        if how.num_photos is not None and how.num_photos > there:
             raise UserError(
                 f"benchmark.num_photos={how.num_photos}, but {task.photos} has {there}; type a smaller number"
             )

@@ -3,17 +3,17 @@
 import csv
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
+from dreambooth.metrics.curves import COLUMNS, CURVES, read_curves
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.measure import read_scores
-from dreambooth.metrics.tradeoff import COLUMNS
 
 log = logging.getLogger(__name__)
-CURVES = "curves.csv"
 NAMES = ("dino", "clip_i", "clip_t", "pres", "div", "copy")
 PAPER = {  # Table 1 of arXiv 2208.12242: DINO, CLIP-I, CLIP-T
     "paper: real images": (0.774, 0.885, None),
@@ -24,11 +24,12 @@ PAPER = {  # Table 1 of arXiv 2208.12242: DINO, CLIP-I, CLIP-T
 
 
 def measured(folder: Path) -> dict[str, Any] | None:
-    """The metrics of a finished and readable run folder, else None."""
+    """The metrics of a finished run folder whose scores are all there and can be read, else None."""
     try:
-        read_scores(folder / "evaluation" / "scores.jsonl")
-        return json.loads((folder / "summary.json").read_text())["metrics"]
-    except (OSError, ValueError, KeyError, UserError):
+        rows = Counter(row["set"] for row in read_scores(folder / "evaluation" / "scores.jsonl"))
+        metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+        return metrics if all(rows[name] == count for name, count in metrics.get("pictures", {}).items()) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None
 
 
@@ -37,7 +38,7 @@ def table(folders: dict[str, Path]) -> list[dict[str, Any]]:
     found = {name: metrics for name, folder in folders.items() if (metrics := measured(folder)) is not None}
     rows = [{"subject": name, **_part(metrics["after"])} for name, metrics in found.items()]
     for label, part in (("mean", "after"), ("mean of the untouched base", "before"), ("mean of the photos", "real")):
-        columns = {name: [metrics[part][name] for metrics in found.values()] for name in NAMES}
+        columns = {name: [metrics[part].get(name) for metrics in found.values()] for name in NAMES}
         spreads = {f"{name}_interval": interval(values) for name, values in columns.items()}
         rows.append({"subject": label, **{name: mean(values) for name, values in columns.items()}, **spreads})
     return rows
@@ -63,15 +64,12 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 def curves(folders: dict[str, Path]) -> list[dict[str, Any]]:
     """What was measured on the way: a row a step, means over the subjects that came so far."""
-    by_step: dict[int, list[dict[str, str]]] = {}
+    by_step: dict[int, list[dict[str, Any]]] = {}
     for folder in folders.values():
-        if (folder / CURVES).exists():
-            with (folder / CURVES).open(newline="") as file:
-                for row in csv.DictReader(file):
-                    by_step.setdefault(int(row["step"]), []).append(row)
+        for row in read_curves(folder / CURVES):
+            by_step.setdefault(row["step"], []).append(row)
     return [
-        {"step": step, "subjects": len(rows)}
-        | {name: mean([float(row[name]) if row[name] else None for row in rows]) for name in COLUMNS[1:]}
+        {"step": step, "subjects": len(rows)} | {name: mean([row[name] for row in rows]) for name in COLUMNS[1:]}
         for step, rows in sorted(by_step.items())
     ]
 

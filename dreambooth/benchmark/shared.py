@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.errors import UserError
-from dreambooth.run_folder import flatten, irrelevant
+from dreambooth.run_folder import flatten
+from dreambooth.run_id import irrelevant
 
 log = logging.getLogger(__name__)
 

@@ -55,6 +55,8 @@ def benchmark(cfg: DictConfig) -> Benchmark:
     refuse_groups(cfg.trainer)
     if cfg.callbacks.get("evaluate") is None:
         raise UserError("callbacks.evaluate is null: task=benchmark measures; type callbacks/evaluate=default")
+    if cfg.callbacks.get("summary") is None:
+        raise UserError("callbacks.summary is null: task=benchmark reads what it writes; leave it out")
     if not cfg.resume:
         raise UserError(
             "resume=false: a benchmark goes on subject by subject; to begin afresh type hydra.run.dir=ANOTHER_FOLDER"

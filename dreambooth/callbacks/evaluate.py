@@ -1,6 +1,5 @@
 """Evaluation in training: curves, the best step, early stopping, and the final table."""
 
-import csv
 import logging
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreambooth.callbacks.loggers import tell
@@ -21,12 +21,13 @@ from dreambooth.data.progress import progress_bar
 from dreambooth.evaluation import FOLDER, write
 from dreambooth.files import atomic
 from dreambooth.metrics import measure
-from dreambooth.metrics.tradeoff import COLUMNS, Tradeoff
+from dreambooth.metrics.curves import COLUMNS, CURVES, read_curves, write_curves
+from dreambooth.metrics.tradeoff import Tradeoff
 from dreambooth.noise import seed_of
 from dreambooth.picture_files import batches_of, draw_batch, draw_through, foreign_picture
 
 log = logging.getLogger(__name__)
-CURVES, BEST = "curves.csv", "checkpoints/best.safetensors"
+BEST = "checkpoints/best.safetensors"
 
 
 class Evaluate(pl.Callback):
@@ -68,7 +69,7 @@ class Evaluate(pl.Callback):
         self.asked = [measure.wanted(how, self.subjects) for how in (self.curve, self.final)]
         photos = self.suite.summary(measure.score_photos(self.suite, self.subjects))
         self.tradeoff = Tradeoff(
-            photos["dino"],
+            photos.get("dino"),
             measure.unheard(self.suite, self.asked[0]),
             drift_weight=drift_weight,
             patience=patience,
@@ -98,13 +99,23 @@ class Evaluate(pl.Callback):
         self._read(trainer)
         if self._measured() != trainer.global_step:
             self._measure(trainer, pl_module)
-        best = self.tradeoff.best()
-        if best != trainer.global_step:
-            log.info("step %d has the best trade-off of likeness and drift: it is kept and exported", best)
-            pl_module.settle_on(load_file(folder / BEST))
+        best = self._settle(trainer, pl_module)
         self._draw_set(trainer, pl_module, "after")
         if trainer.is_global_zero:
             self._write(folder / FOLDER, best, trainer.max_steps)
+
+    def _settle(self, trainer: pl.Trainer, pl_module: Any) -> int:
+        """Put the weights of the best step in place, where they were kept; the step that is exported."""
+        last, path = trainer.global_step, Path(trainer.default_root_dir) / BEST
+        best = self.tradeoff.best() if self.every else last
+        if best == last:
+            return last
+        if kept_step(path) != best:  # of a killed run that had come further, and did not come to the same
+            log.warning("step %d was the best, but %s is not of it: the last step is exported", best, path)
+            return last
+        log.info("step %d has the best trade-off of likeness and drift: it is kept and exported", best)
+        pl_module.settle_on(load_file(path))
+        return best
 
     def _read(self, trainer: pl.Trainer) -> None:
         """Take up the curves of this run; only the first rank reads, as it alone writes them."""
@@ -130,7 +141,7 @@ class Evaluate(pl.Callback):
         if step and self.every and self.tradeoff.best() == step:
             with pl_module.averaged():
                 if trainer.is_global_zero:
-                    self._keep(pl_module, folder / BEST)
+                    self._keep(pl_module, folder / BEST, step)
         if trainer.is_global_zero:
             write_curves(folder / CURVES, self.tradeoff.rows)
             tell(trainer, {f"evaluate/{name}": value for name, value in row.items() if name != "step"}, step)
@@ -191,26 +202,17 @@ class Evaluate(pl.Callback):
                 self.suite.move(torch.device("cpu"))
         self.seconds += time.perf_counter() - began
 
-    def _keep(self, pl_module: Any, path: Path) -> None:
+    def _keep(self, pl_module: Any, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: value.contiguous() for name, value in pl_module.learned.state_dict().items()}
         with atomic(path) as temporary:
-            save_file({name: value.contiguous() for name, value in pl_module.learned.state_dict().items()}, temporary)
+            save_file(state, temporary, metadata={"step": str(step)})
 
 
-def read_curves(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The rows of the steps up to ``last_step``; those after it belong to a killed run and are measured again."""
+def kept_step(path: Path) -> int | None:
+    """The step whose weights a file holds; None without a file, or one that does not say."""
     if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
-    return [{**row, "step": int(row["step"])} for row in rows if row["step"] is not None and row["step"] <= last_step]
-
-
-def write_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows, under a temporary name first."""
-    with atomic(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {k: "" if v is None else (v if k == "step" else repr(v)) for k, v in row.items()} for row in rows
-        )
+        return None
+    with safe_open(path, framework="pt") as file:
+        step = (file.metadata() or {}).get("step")
+    return None if step is None else int(step)

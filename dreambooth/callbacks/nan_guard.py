@@ -14,15 +14,17 @@ class NanGuard(pl.Callback):
     """Ends the run after ``patience`` steps in a row with a loss that is not finite, and names their pictures.
 
     The module skips the update of such a step, so the weights stay finite. The count is kept on the device and read
-    every ``patience`` steps: a GPU never waits for it, and the end comes at most as many steps later.
+    every ``patience`` steps and at the last: a GPU never waits for it, and the end comes at most as many steps later.
+    A run of fewer steps than ``patience`` ends so when none of them was finite.
     """
 
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
+        self.counts = (0, 0)  # where a resumed run goes on: the row that it was in, and the longest
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.first = self.step = trainer.global_step
-        self.row = self.longest = torch.zeros((), device=pl_module.device)
+        self.row, self.longest = torch.tensor(self.counts, device=pl_module.device)
         # The pictures of twice the patience: a row may have ended just after a reading.
         self.seen: deque[tuple[Tensor, list[str]]] = deque(maxlen=2 * self.patience * trainer.accumulate_grad_batches)
 
@@ -35,15 +37,23 @@ class NanGuard(pl.Callback):
         self.step = trainer.global_step
         self.row = (self.row + 1) * ~pl_module.step_metrics["loss"].isfinite()
         self.longest = torch.maximum(self.longest, self.row)
-        if (self.step - self.first) % self.patience == 0:
-            self.check(self.patience)
+        # At the last step before its checkpoint is written: with one there, the same command would be finished.
+        if (self.step - self.first) % self.patience == 0 or self.step == trainer.max_steps:
+            self.check(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check(min(self.patience, max(self.step - self.first, 1)))
+        self.check(trainer)  # one that was told to stop
 
-    def check(self, allowed: int) -> None:
-        """Raise UserError once ``allowed`` steps in a row were not finite. All ranks see the same count."""
-        if self.longest.item() < allowed:
+    def state_dict(self) -> dict[str, Any]:
+        counts = [int(self.row), int(self.longest)]
+        return {"counts": counts} if any(counts) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.counts = tuple(state_dict["counts"])
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Raise UserError once ``patience`` steps in a row were not finite. All ranks see the same count."""
+        if self.longest.item() < min(self.patience, trainer.max_steps):
             return
         names = [
             path for losses, paths in self.seen for path, loss in zip(paths, losses, strict=True) if not loss.isfinite()

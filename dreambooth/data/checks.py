@@ -17,10 +17,10 @@ def photos(data: Any) -> None:
             list_pictures(Path(folder).expanduser(), key, known=None)
 
 
-def resolution(value: int, factor: int) -> None:
+def resolution(value: int, factor: int, key: str = "model.data.resolution") -> None:
     """Raise UserError unless pictures of this side make whole latent cells of ``factor`` pixels."""
     if value % factor:
-        key, below = "model.data.resolution", value - value % factor
+        below = value - value % factor
         sizes = " or ".join(f"{key}={size}" for size in (below, below + factor) if size)
         raise UserError(
             f"{key}={value} is not a multiple of {factor}, the pixels that a latent cell spans; type {sizes}"

@@ -85,8 +85,10 @@ def gather(
     if spoiled:
         log.warning("cached %ss that were damaged or foreign, made again: %d", unit, spoiled)
     barrier()  # until here every rank has seen the same folder
-    with progress_bar(len(missing[rank::world]), description, unit, rank) as bar:
-        for path in missing[rank::world]:
+    # By the place among all, not among the missing: another job may store one of them between two ranks' looks.
+    own = [path for place, path in enumerate(files) if entries[path] is None and place % world == rank]
+    with progress_bar(len(own), description, unit, rank) as bar:
+        for path in own:
             files[path].write()
             bar.update()
     barrier()

@@ -52,7 +52,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = None
     keys = {*IDENTITY, "seed", "num_images_per_prompt", "slots"} - NEWER.keys()
     if isinstance(manifest, dict) and keys <= manifest.keys() and isinstance(manifest["slots"], list):
-        return {**NEWER, **manifest}
+        count = manifest["num_images_per_prompt"]
+        if all(type(number) is int and number >= 0 for number in (*manifest["slots"], count)) and count:
+            return {**NEWER, **manifest}
     raise UserError(f"{path} is no manifest; delete it to keep the pictures as your own, or delete {folder}")
 
 

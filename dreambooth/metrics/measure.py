@@ -188,9 +188,14 @@ def write_scores(path: Path, rows: Sequence[Row]) -> None:
 def read_scores(path: Path) -> list[Row]:
     """The rows of a scores.jsonl; UserError for a broken one."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        whole = rows and all(isinstance(row, dict) and {"set", "file"} <= row.keys() for row in rows)
+        reason = "" if whole else "it lacks rows with set and file"
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it and run task=evaluate again") from None
+        reason = str(error)
+    if reason:
+        raise UserError(f"{path} cannot be read ({reason}); remove it and run task=evaluate again")
+    return rows
 
 
 def open_all(folder: Path, rows: Sequence[Row]) -> list[Image.Image]:

@@ -8,6 +8,7 @@ import torch
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.pictures import Pictures
 from dreambooth.metrics.scores import ClipT, Score
+from dreambooth.rare_words import MARKS
 
 Row = dict[str, Any]
 
@@ -92,5 +93,10 @@ def _fill(table: list[Row], name: str, values: Sequence[float | None]) -> None:
 
 def class_text(prompt: str, instance_prompt: str, class_prompt: str) -> str:
     """The prompt without its rare words: those of the instance prompt that the class prompt lacks."""
-    rare = set(instance_prompt.lower().split()) - set(class_prompt.lower().split())
-    return " ".join(word for word in prompt.split() if word.lower().strip(".,;:!?'\"") not in rare)
+    rare = _bare(instance_prompt) - _bare(class_prompt)
+    return " ".join(word for word in prompt.split() if not _bare(word) & rare)
+
+
+def _bare(text: str) -> set[str]:
+    """The words of a text, small and without the marks around them."""
+    return {word.strip(MARKS) for word in text.lower().split()}

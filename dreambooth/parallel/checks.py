@@ -22,6 +22,7 @@ WHOLE = ("auto", "single_device", "ddp", "ddp_find_unused_parameters_false", "dd
 def check(cfg: DictConfig) -> None:
     """Raise UserError for devices that are not there, and for what the strategy cannot do."""
     _check_devices(cfg.trainer)
+    _check_torchrun(cfg.trainer)
     node = cfg.trainer.strategy
     if OmegaConf.is_dict(node):
         kind: Any = get_class(node._target_)
@@ -36,6 +37,9 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer.strategy={node}: by a name there are only {', '.join(WHOLE)}; type strategy={_card(str(node))}"
         )
+    on_cpu = cfg.trainer.accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if cfg.trainer.precision == "16-mixed" and on_cpu:  # Lightning would take bf16 instead
+        raise UserError("trainer.precision=16-mixed needs a GPU; type trainer.precision=bf16-mixed, or 32-true")
 
 
 def check_cut(cfg: DictConfig, strategy: str) -> None:
@@ -75,6 +79,24 @@ def _card(name: str) -> str:
         stage = next((stage for stage in "123" if f"_{stage}" in name), "2")
         return f"deepspeed_{stage}" + "_offload" * ("offload" in name and stage != "1")
     return "fsdp" if name.startswith("fsdp") else "ddp"
+
+
+def _check_torchrun(trainer: Any) -> None:
+    """Raise UserError when the trainer wants other processes than torchrun started: each would train by itself."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" not in env or "LOCAL_WORLD_SIZE" not in env:
+        return
+    here, devices = int(env["LOCAL_WORLD_SIZE"]), device_count(trainer.devices)
+    if devices is not None and devices != here:
+        raise UserError(
+            f"trainer.devices={trainer.devices}, but torchrun started {here} processes here: type "
+            f"trainer.devices={here}, or torchrun --nproc-per-node={devices}"
+        )
+    if trainer.num_nodes != (nodes := int(env.get("WORLD_SIZE", here)) // here):
+        raise UserError(
+            f"trainer.num_nodes={trainer.num_nodes}, but torchrun started processes on {nodes} nodes: type "
+            f"trainer.num_nodes={nodes}, or torchrun --nnodes={trainer.num_nodes}"
+        )
 
 
 def _check_devices(trainer: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from dreambooth.callbacks.checkpoint import FOLDER, newest
@@ -14,7 +14,7 @@ from dreambooth.callbacks.export import ADAPTER, PIPELINE
 from dreambooth.config import build
 from dreambooth.errors import UserError
 from dreambooth.parallel.checkpoint import Resume
-from dreambooth.run_folder import CONFIG, is_rank_zero
+from dreambooth.run_folder import CONFIG, is_rank_zero, settings_in
 from dreambooth.tasks import make_module, quieten
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def export(cfg: DictConfig) -> Exported | None:
         raise UserError(f"infer.model={run}: there is no run in it; name a run folder, such as outputs/dreambooth/ID")
     if (run / "summary.json").exists():
         raise UserError(f"{run} is finished: what it exported is there already")
-    own: Any = OmegaConf.load(run / CONFIG)
+    own = settings_in(run)
     module = make_module(own, build(own.model.tuning)(build(own.model.family)))
     kept = newest(run / FOLDER, module.base)
     if kept is None:

@@ -14,7 +14,8 @@ from dreambooth.report.read import RunData
 from dreambooth.report.render import render
 from dreambooth.report.scores import Score, known_scores
 from dreambooth.report.wording import is_number
-from dreambooth.run_folder import MISSING, flatten, irrelevant
+from dreambooth.run_folder import MISSING, flatten
+from dreambooth.run_id import irrelevant
 
 WALL = 12, 8  # prompts and runs whose pictures stand beside each other
 STYLES = 8  # colours of the curves; further ones are dashed

@@ -16,6 +16,7 @@ from dreambooth.report.render import write
 from dreambooth.report.scores import SCORES
 from dreambooth.report.task import COMPARISON
 from dreambooth.report.wording import is_number, number
+from dreambooth.run_folder import summary_in
 
 log = logging.getLogger(__name__)
 FIGURES = ("steps", "best_step", "final_loss", "seconds_train")
@@ -65,7 +66,7 @@ def _row(settings: dict[str, str], record: dict[str, Any]) -> Row:
 
 def _read_run(row: Row) -> None:
     """What summary.json says."""
-    summary = json.loads((row.folder / "summary.json").read_text())
+    summary = summary_in(row.folder) or {}  # callbacks.summary=null
     metrics = summary.get("metrics") or {}
     row.scores = _numbers(metrics.get("after") or {})
     spreads = (metrics.get("intervals") or {}).get("after") or {}
