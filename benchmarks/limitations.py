@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks.rarity import RARER, SEEN, UNSEEN, rarity
+from benchmarks.rarity import RARER, SEEN, UNSEEN
 from dreambooth.files import open_picture
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.measure import read_scores
@@ -91,12 +91,19 @@ def base_of(run: Path) -> Path:
     return Path(OmegaConf.load(run / "config.yaml").model.from_pretrained)
 
 
+def level_of(row: dict[str, int], place: str) -> int:
+    """Of the rarities that a base was trained for the one of a place, given how often it saw a class in each."""
+    return min(RARER, key=lambda level: abs(math.log(level * max(row[place], 1) / max(row.values()))))
+
+
 def rarity_table(records: list[dict[str, Any]], seen: dict[str, dict[str, int]]) -> str:
     """Places right before and after by how often the base saw the class there, as a markdown table."""
     lines = ["| seen | scenes | pictures | right before | right | less often seen |", "|---|---|---|---|---|---|"]
     unseen = [record for record in records if record["place"] in UNSEEN]
-    levels = {level: [each for each in unseen if rarity(each["noun"], each["place"]) == level] for level in RARER}
-    for level, own in levels.items():
+    levels: dict[int, list[dict[str, Any]]] = {}
+    for each in unseen:
+        levels.setdefault(level_of(seen[each["noun"]], each["place"]), []).append(each)
+    for level, own in sorted(levels.items()):
         scenes = sorted(seen[each["noun"]][each["place"]] for each in own)
         before, after = ([each for each in own if each["set"] == name] for name in ("before", "after"))
         apart = [right(own, run) - right(levels[RARER[0]], run) for run in sorted({each["run"] for each in own})]

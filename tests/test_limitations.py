@@ -21,6 +21,7 @@ def test_every_class_has_one_place_of_each_rarity_and_no_place_is_rarer_by_itsel
     for noun in NOUNS:
         assert sorted(rarity(noun, name) for name in UNSEEN) == sorted(RARER)
         assert all(rarity(noun, name) == 1 for name in set(PLACES) - set(UNSEEN))
+        assert [rarity(noun, name, "place") for name in UNSEEN] == [64, 8, 1]  # of all classes alike
     subjects = compose(["experiment=rarity"]).benchmark.subjects
     for name in UNSEEN:  # of what is trained on it, each place has each rarity as often
         levels = [rarity(ready.SUBJECTS[subject].noun, name) for subject in subjects]
@@ -90,4 +91,5 @@ def test_the_command_asks_the_base_for_what_it_saw(tmp_path: Path, monkeypatch, 
     (tmp_path / "base" / SEEN).write_text(json.dumps({noun: dict.fromkeys(PLACES, 3) for noun in NOUNS}))
     limitations.main()
     out = capsys.readouterr().out
-    assert "| 1/64 | 3 to 3 | 1 | 1.00 |" in out
+    assert "| 1 | 3 to 3 | 3 | 1.00 | 1.00 |" in out  # none is rarer
+    assert "1/8" not in out
