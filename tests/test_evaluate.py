@@ -33,7 +33,6 @@ MEASURED = [
     "evaluate.inference_steps=2",
 ]
 IMAGES = [f"evaluate.images={SUBJECTS / name}" for name in ("dog", "car")]
-pytestmark = pytest.mark.xdist_group("evaluate")  # one process makes a run that all of them read
 
 
 def settings(model: Path, folder: Path) -> list[str]:

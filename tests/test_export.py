@@ -23,7 +23,6 @@ from dreambooth.tasks import RunResult, train
 from tests.tiny import RESOLUTION, short_run
 
 SAMPLER = ["inference_steps=2", "unconditional_guidance_scale=3.0", "sampler_type=DDIM"]
-pytestmark = pytest.mark.xdist_group("export")  # one process makes a run that all of them read
 
 
 def tiny_run(model: Path, photos: Path, folder: Path, *more: str) -> RunResult:

@@ -13,7 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
-pytestmark = pytest.mark.xdist_group("packaging")  # one process makes a wheel that all of them install
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:

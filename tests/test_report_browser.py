@@ -21,7 +21,6 @@ VIEWS = [(390, "screen", "light"), (390, "screen", "dark"), (1440, "screen", "li
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver: .ci/run installs them"),
-    pytest.mark.xdist_group("browser"),
 ]
 
 

@@ -48,11 +48,7 @@ Live Subject Prompts
 prompt_list = ['a {0} {1} in a chef outfit'.format(unique_token, class_token)]
 """
 
-pytestmark = [
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(bool(missing()), reason=missing()),
-    pytest.mark.xdist_group("slurm"),
-]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 
 @pytest.fixture(scope="session")
