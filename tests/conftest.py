@@ -15,7 +15,7 @@ import transformers
 from PIL import Image, ImageDraw
 
 from dreambooth.run_folder import FOLDER_VARIABLE
-from tests.google import write_layout
+from tests.layouts import write_layout
 from tests.tiny import build_tiny_sd
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from dreambooth import UserError, compose
 from dreambooth.benchmark import results
 from dreambooth.benchmark.protocol import POCKET_PROMPTS, parse, tasks_of
 from dreambooth.benchmark.task import benchmark, share, take_one_gpu
-from tests.google import LAYOUT, small
+from tests.layouts import LAYOUT, small
 
 GOOGLE = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
 

@@ -10,7 +10,7 @@ from dreambooth import UserError, compose
 from dreambooth.benchmark.protocol import tasks_of
 from dreambooth.benchmark.shared import claimed, settings_key
 from dreambooth.benchmark.task import benchmark, tree_of
-from tests.google import small
+from tests.layouts import small
 from tests.processes import FORK_WARNING, start
 
 
