@@ -1,5 +1,6 @@
 """Fixtures shared by all tests, offline and on one thread."""
 
+import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -25,10 +26,15 @@ transformers.utils.logging.disable_progress_bar()
 
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
-    """What a test sets in the environment, in the working folder or in torch's modes ends with it."""
+    """What a test sets in the environment, in the working folder, in logging or in torch's modes ends with it."""
     os.environ.pop(FOLDER_VARIABLE, None)  # of a run that a fixture made for several tests
     before, folder = dict(os.environ), Path.cwd()
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     yield
+    for handler in set(root.handlers) - set(handlers):  # Hydra's writes to what was stderr in that test
+        root.removeHandler(handler)
+    root.setLevel(level)
     os.chdir(folder)
     if dict(os.environ) != before:
         os.environ.clear()
