@@ -93,6 +93,8 @@ def explain(error: BaseException, tree: Mapping[str, Any], groups: Iterable[str]
         return f"cannot read '{error.override}'; {hint}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, card = str(error.missing_cfg_file).rpartition("/")
+        if not group:
+            return f"--config-name {card}: there is no such file; leave it out, the tree is config.yaml's"
         if card.startswith("submitit_"):
             return 'hydra/launcher=slurm needs two more packages: pip install "dreambooth[slurm]"'
         return f"{place}{group}={card}: there is no such card{nearest(card, error.options or groups)}"
@@ -108,6 +110,8 @@ def explain(error: BaseException, tree: Mapping[str, Any], groups: Iterable[str]
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: {error.problem}"
+    if text.startswith("Config group override must be"):  # Hydra does not say of which group
+        return "a group is null, and null is no card: type GROUP=CARD, or leave the group as it is"
     if text.startswith("Ambiguous value"):
         return f"{text.splitlines()[0]}; quote a text with commas: 'key=\"a, b\"', or sweep with --multirun"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -121,6 +121,8 @@ def test_weights_and_biases_is_told_of_steps_and_samples_without_a_network(tmp_p
         (["train"], "type task=train"),
         (["-m", "report"], "type task=report"),
         (["trainer=default,gpu"], "quote a text with commas"),
+        (["trainer=null"], "null is no card: type GROUP=CARD"),
+        (["--config-name", "foo"], "--config-name foo: there is no such file"),
         (["hydra.run.dir=/proc/nowhere/run"], "cannot write the run folder"),
         (["--config-dir", "nowhere"], "nowhere"),
         (["hydra/launcher=slurm", "seed=2"], "type dreambooth -m hydra/launcher=slurm seed=2"),

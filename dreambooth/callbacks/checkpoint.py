@@ -73,7 +73,7 @@ def newest(folder: Path, base: str) -> Path | None:
         try:
             stored = read_notes(path)["base"]
         except Exception as error:  # whatever a damaged file makes of the reader
-            log.warning("%s is damaged (%s): going on from the one before it", path, type(error).__name__)
+            log.warning("%s is damaged (%s): it is passed over", path, type(error).__name__)
             continue
         if stored != base:
             raise UserError(
