@@ -188,18 +188,19 @@ def test_with_one_photo_nothing_is_promised(run: Path) -> None:
     summary["metrics"]["real"] = dict.fromkeys(summary["metrics"]["real"])
     del summary["metrics"]["intervals"]
     (run / "summary.json").write_text(json.dumps(summary))
-    likeness, drift, copying = verdicts(read_run(run))
+    likeness, prompts, drift, copying = verdicts(read_run(run))
     assert (likeness.grade, likeness.word, drift.word, copying.word) == ("", "", "", "")
     assert "rose by 0.300. Higher is better." in likeness.sentence
+    assert (prompts.score.title, prompts.grade) == ("Prompt fidelity", "")
     assert "rose by 0.300" in page_of(run).text
 
 
 @pytest.mark.parametrize(
     ("after", "words"),
     [
-        ({"dino": 0.61, "pres": 0.3, "copy": 0.88}, ["Partly learned", "Class kept", "Close to photos"]),
-        ({"dino": 0.45, "pres": 0.5, "copy": 0.95}, ["Hardly learned", "Some drift", "Copies photos"]),
-        ({"dino": 0.95, "pres": 0.7, "copy": 0.2}, ["Learned", "Class lost", "No copies"]),
+        ({"dino": 0.61, "pres": 0.3, "copy": 0.88}, ["Partly learned", "", "Class kept", "Close to photos"]),
+        ({"dino": 0.45, "pres": 0.5, "copy": 0.95}, ["Hardly learned", "", "Some drift", "Copies photos"]),
+        ({"dino": 0.95, "pres": 0.7, "copy": 0.2}, ["Learned", "", "Class lost", "No copies"]),
     ],
 )
 def test_the_headline_is_not_only_praise(run: Path, after: dict, words: list[str]) -> None:

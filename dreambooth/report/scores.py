@@ -66,8 +66,8 @@ def known_scores(run: RunData) -> list[Score]:
 
 
 def verdicts(run: RunData) -> list[Verdict]:
-    """The headline: likeness, drift and copying, those of them that were measured after the training."""
-    judged = (("dino", _likeness), ("pres", _drift), ("copy", _copying))
+    """The headline: likeness, prompts, drift and copying, those of them that were measured after the training."""
+    judged = (("dino", _likeness), ("clip_t", _prompts), ("pres", _drift), ("copy", _copying))
     made = []
     for score in SCORES:
         judge = dict(judged).get(score.key)
@@ -100,6 +100,11 @@ def _likeness(before: float | None, after: float, real: float | None) -> tuple[s
     if share >= LEARNED:
         return "good", "Learned", covered
     return ("fair", "Partly learned", covered) if share >= PARTLY else ("poor", "Hardly learned", covered)
+
+
+def _prompts(before: float | None, after: float, real: float | None) -> tuple[str, str, str]:
+    """No grade: of prompts there is no photograph to compare with, and how far CLIP's likeness goes is the model's."""
+    return "", "", f"How well the pictures show what their prompts say{_than(before, after)}. Higher is better."
 
 
 def _drift(before: float | None, after: float, real: float | None) -> tuple[str, str, str]:
