@@ -73,9 +73,7 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
     rules.check(_plain(cfg), _cards(places, *known, *added), source)
     slurm.check(cfg)
     OmegaConf.set_readonly(cfg, True)
-    _COMMANDS[id(cfg)] = _command(hydra_node)
-    weakref.finalize(cfg, _COMMANDS.pop, id(cfg), None)
-    return cfg
+    return _typed(cfg, _command(hydra_node))
 
 
 @lru_cache(64)  # a sweep's jobs, and a program's many trees, are mostly of the same cards
@@ -90,6 +88,18 @@ def command_of(cfg: DictConfig) -> str | None:
     It is the same line whether the tree came from the command, from a launcher or from ``compose``.
     """
     return _COMMANDS.get(id(cfg))
+
+
+def same_command(tree: DictConfig, cfg: DictConfig) -> DictConfig:
+    """``tree``, made of ``cfg``, with the command of the latter."""
+    command = command_of(cfg)
+    return tree if command is None else _typed(tree, command)
+
+
+def _typed(cfg: DictConfig, command: str) -> DictConfig:
+    _COMMANDS[id(cfg)] = command
+    weakref.finalize(cfg, _COMMANDS.pop, id(cfg), None)
+    return cfg
 
 
 def build(node: DictConfig, *args: Any, **kwargs: Any) -> Any:

@@ -171,18 +171,24 @@ def _evaluate_folder(cfg: DictConfig) -> Evaluation:
     ]
     images: list[Image.Image] = [open_picture(path) for path in paths]
     _check_cards(cfg, min(images[0].size), f"evaluate.images={how.images} shows")
+    by = how_measured(cfg)
     if how.out_path is None:
-        folder = next(folder for folder in numbered(Path(cfg.run_dir) / FOLDER) if _free(folder, rows))
-    elif not _free(folder := Path(how.out_path).expanduser(), rows):
-        raise UserError(f"evaluate.out_path: {folder} has the scores of other pictures or prompts; type another folder")
+        folder = next(folder for folder in numbered(Path(cfg.run_dir) / FOLDER) if _free(folder, rows, by))
+    elif not _free(folder := Path(how.out_path).expanduser(), rows, by):
+        raise UserError(
+            f"evaluate.out_path: {folder} has the scores of other pictures or prompts, or by other photos or metrics; "
+            "type another folder"
+        )
     scored = measure.score(suite, rows, images, subjects)
-    return write(folder, suite, [*measure.score_photos(suite, subjects), *scored])
+    return write(folder, suite, [*measure.score_photos(suite, subjects), *scored], **{BY: by})
 
 
-def _free(folder: Path, rows: Sequence[Row]) -> bool:
-    """Whether a folder holds no scores, or those of the same pictures under the same prompts."""
+def _free(folder: Path, rows: Sequence[Row], by: dict[str, Any]) -> bool:
+    """Whether a folder holds no scores, or those of the same pictures and prompts, measured ``by`` the same."""
     if not (folder / SCORES).exists():
         return True
+    if _noted(folder).get(BY, by) != by:
+        return False
     before = [row for row in measure.read_scores(folder / SCORES) if row["set"] != "real"]
     return [(row["file"], row["prompt"]) for row in before] == [(row["file"], row["prompt"]) for row in rows]
 

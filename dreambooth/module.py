@@ -140,11 +140,11 @@ class DreamBoothModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """From step ``tuning.stop_text_encoder_at`` on the text encoder is frozen, and read once a prompt."""
-        if self.stopped_at is not None or not self.tuning.stops_text(batch["step"], self.trainer.max_steps):
+        if self.stopped_at is not None or not self.tuning.text_encoder_stopped(batch["step"], self.trainer.max_steps):
             return
         self.stopped_at = batch["step"]
         self.layout.end_averages()
-        for weight in self.tuning.stop_text():
+        for weight in self.tuning.freeze_text_encoder():
             weight.grad = None
             for optimizer in self.trainer.optimizers:
                 optimizer.state.pop(weight, None)
@@ -186,7 +186,7 @@ class DreamBoothModule(pl.LightningModule):
         """Clip, and skip the update when a gradient is not finite, unless the strategy does both by itself."""
         if self.layout.clips:
             return
-        for weight in self.tuning.waiting(self.trainer.global_step, self.trainer.max_steps):
+        for weight in self.tuning.not_yet_training(self.trainer.global_step, self.trainer.max_steps):
             weight.grad = None  # so neither updated nor decayed; it had one as DDP waits for all
         self.grad_norm = clip(optimizer, gradient_clip_val, gradient_clip_algorithm == "value", self.scaled)
 

@@ -80,6 +80,9 @@ def check_added(keys: Iterable[str], tree: Mapping[str, Any]) -> None:
 
 def _walk(value: Any, card: Any, key: str, values: dict[str, Any], source: str, cards: Mapping[str, Any]) -> None:
     if not isinstance(card, dict):
+        if card is None and isinstance(value, dict) and key.startswith("callbacks.") and "_target_" not in value:
+            group = key.replace(".", "/")
+            raise UserError(f"{source}{key} is null, so its keys change nothing; pick a card first, {group}=default")
         values[key] = value
         return _check_kind(key, value, card)
     if value is None and key.startswith(("callbacks.", "metrics.encoders.")):

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.errors import UserError
-from dreambooth.run_id import irrelevant
+from dreambooth.run_id import irrelevant, slurm_job
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ SHARING = (
 )
 FOLDER_VARIABLE = "DREAMBOOTH_RUN_FOLDER"  # tells the processes that Lightning starts what rank 0 decided
 CONFIG, OVERRIDES, SUMMARY = "config.yaml", "overrides.yaml", "summary.json"
+JOB = ".slurm_job"  # which job began there, or went on with other settings
 MISSING = "(absent)"
 
 
@@ -66,15 +67,16 @@ def find_run(cfg: DictConfig, folder: Path) -> Run:
 
     The same settings go on, and so do a raised ``trainer.max_steps`` and other ``SHARING``; any others take a folder in
     which nothing was trained yet. With ``resume=false`` a folder that is taken is left alone and the next free one of
-    ``folder-2, folder-3, …`` begins; a job that SLURM starts again goes on with the one that it began.
+    ``folder-2, folder-3, …`` begins; a job that SLURM starts again goes on with the one that it began, if it did.
     Raises UserError when the folder belongs to other settings (naming them) or cannot be written.
     """
     if FOLDER_VARIABLE in os.environ and not is_rank_zero():
         return Run(Path(os.environ[FOLDER_VARIABLE]))
     if not cfg.resume:
         taken = list(takewhile(_begun, numbered(folder)))
-        restarted = taken and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
-        folder = taken[-1] if restarted else next(islice(numbered(folder), len(taken), None))
+        restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        own = [each for each in taken if restarted and _job_of(each) == slurm_job()]
+        folder = own[-1] if own else next(islice(numbered(folder), len(taken), None))
     run = Run(folder, _finished(cfg, folder) if _begun(folder) else None)
     if is_rank_zero():
         os.environ[FOLDER_VARIABLE] = str(run.folder)
@@ -94,6 +96,8 @@ def begin(cfg: DictConfig, run: Run) -> None:
     if begun:  # in this order a kill in between leaves the old goal without a summary: never a new goal called finished
         (folder / SUMMARY).unlink(missing_ok=True)
     _write_config(settings, folder)
+    if (job := slurm_job()) is not None:
+        (folder / JOB).write_text(job)
 
 
 def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
@@ -125,6 +129,10 @@ def numbered(folder: Path) -> Iterator[Path]:
     """``folder``, ``folder-2``, ``folder-3``, and so on without end."""
     yield folder
     yield from (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+
+
+def _job_of(folder: Path) -> str | None:
+    return (folder / JOB).read_text() if (folder / JOB).exists() else None
 
 
 def _begun(folder: Path) -> bool:

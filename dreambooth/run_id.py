@@ -57,17 +57,23 @@ def run_id(override_dirname: str) -> str:
 
     torchrun without ``--rdzv-id`` makes up a UUID for each start; the same command would not find its folder by that.
 
-    ``override_dirname`` is Hydra's ``key=value,key=value``; those in ``IRRELEVANT`` do not count. An interactive SLURM
-    shell is no job: several commands are typed in it.
+    ``override_dirname`` is Hydra's ``key=value,key=value``; those in ``IRRELEVANT`` do not count.
     """
-    env = os.environ
-    if env.get("SLURM_JOB_ID") and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        array = env.get("SLURM_ARRAY_JOB_ID")
-        return f"{array}_{env.get('SLURM_ARRAY_TASK_ID', '0')}" if array else env["SLURM_JOB_ID"]
-    launched = env.get("TORCHELASTIC_RUN_ID", "none")
+    if (job := slurm_job()) is not None:
+        return job
+    launched = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if launched != "none" and not RANDOM_ID.fullmatch(launched):
         return launched
     return settings_id(override_dirname)
+
+
+def slurm_job() -> str | None:
+    """The batch job of this process, ``<array>_<task>`` in an array; an interactive shell's many commands are none."""
+    env = os.environ
+    if not env.get("SLURM_JOB_ID") or env.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return None
+    array = env.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{env.get('SLURM_ARRAY_TASK_ID', '0')}" if array else env["SLURM_JOB_ID"]
 
 
 def settings_id(override_dirname: str) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from dreambooth.errors import UserError
-from dreambooth.families.cuts import warn_for
+from dreambooth.families.truncation import warn_of_pipeline_truncation
 from dreambooth.noise import seed_of
 
 SAMPLERS: dict[str, Any] = {
@@ -69,7 +69,7 @@ def draw(
     prediction has the standard deviation of the prediction without guidance. The pipeline's networks come back in the
     modes they were in, and its scheduler is its own again.
     """
-    warn_for(pipeline, [*prompts, negative_prompt or ""])
+    warn_of_pipeline_truncation(pipeline, [*prompts, negative_prompt or ""])
     own = pipeline.scheduler
     pipeline.scheduler = scheduler_for(own, sampler_type)
     pipeline.set_progress_bar_config(disable=True)

@@ -13,10 +13,11 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.run_folder import is_rank_zero
+from dreambooth.run_id import slurm_job
 
 log = logging.getLogger(__name__)
 # "Go on later": USR1 is what docs/slurm.md has sbatch send, USR2 what submitit does. TERM is not among them: scancel
-# sends it, and a job that somebody cancelled is not to come back.
+# sends it, and a job that somebody cancelled is not to come back (a pre-empted one is: ``preempted``).
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2) if hasattr(signal, "SIGUSR1") else ()
 PATIENCE = 10.0  # seconds that a rank gives the first one to requeue the job, before it leaves and is missed
 _asked: list[bool] = []  # whether this process has asked to be requeued
@@ -25,20 +26,12 @@ _early: list[int] = []  # signals that came before anything could answer them
 
 def in_job() -> bool:
     """Whether this process belongs to a batch job; an interactive shell's commands begin and end with their user."""
-    env = os.environ
-    return "SLURM_JOB_ID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return slurm_job() is not None
 
 
 def launched_by_srun() -> bool:
     """Whether SLURM has started all processes that there are to be, so that Lightning starts none."""
     return in_job() and "SLURM_NTASKS" in os.environ
-
-
-def job_id() -> str:
-    """The job, ``<array>_<task>`` in an array: the id alone may name all of it."""
-    env = os.environ
-    array = env.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
 
 
 def requeue() -> None:
@@ -47,15 +40,32 @@ def requeue() -> None:
         return
     _asked.append(True)
     scontrol = shutil.which("scontrol")
+    job = str(slurm_job())
     if scontrol is None:
-        log.warning("scontrol is not here, so job %s was not requeued: submit it again to go on", job_id())
+        log.warning("scontrol is not here, so job %s was not requeued: submit it again to go on", job)
         return
-    done = subprocess.run([scontrol, "requeue", job_id()], capture_output=True, text=True, check=False)
+    done = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = " ".join((done.stderr or done.stdout).split())
-        log.warning("job %s was not requeued (%s): submit it again to go on", job_id(), reason)
+        log.warning("job %s was not requeued (%s): submit it again to go on", job, reason)
     else:
-        log.info("requeued job %s", job_id())
+        log.info("requeued job %s", job)
+
+
+def preempted() -> bool:
+    """Whether SLURM is taking this job's place, and gives it time to end by itself: it would then count as failed.
+
+    SLURM brings back by itself only what it had to kill (slurmctld's ``_job_complete``), and tells of the rest by TERM,
+    as ``scancel`` does of a job that is to stay away.
+    """
+    scontrol = shutil.which("scontrol")
+    if not in_job() or scontrol is None:
+        return False
+    shown = subprocess.run(
+        [scontrol, "show", "job", "-o", str(slurm_job())], capture_output=True, text=True, check=False
+    )
+    fields = dict(part.partition("=")[::2] for part in shown.stdout.split())
+    return fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
 
 
 class Requeued(SystemExit):
@@ -89,6 +99,8 @@ def patient() -> Iterator[None]:
 def requeued(wanted: bool) -> Iterator[None]:
     """Within, a signal that means "go on later" requeues the job and ends this process with ``Requeued``, at once.
 
+    TERM does so where the job is being pre-empted, and else ends the process as it always does, by SystemExit(143).
+
     That loses nothing wherever every file is whole at every moment, which is everywhere but between the steps of a
     training; there ``callbacks.preemption`` takes the signals over.
     """
@@ -103,7 +115,13 @@ def requeued(wanted: bool) -> Iterator[None]:
             time.sleep(PATIENCE)
         raise Requeued
 
-    before = {sign: signal.signal(sign, end) for sign in REQUEUE_SIGNALS}
+    def end_if_preempted(*_: object) -> None:
+        if preempted():
+            end()
+        raise SystemExit(143)
+
+    before: dict[int, Any] = {sign: signal.signal(sign, end) for sign in REQUEUE_SIGNALS}
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, end_if_preempted)
     try:
         if _early:
             end()

@@ -131,7 +131,7 @@ def is_sweep(hydra_node: Any) -> bool:
 
 def submits(hydra_node: Any) -> bool:
     """Whether the launcher hands jobs to SLURM."""
-    return "submitit" in str(hydra_node.launcher._target_)
+    return str(hydra_node.launcher._target_).endswith("SlurmLauncher")
 
 
 def refuse(cfg: Any, hydra_node: Any) -> None:

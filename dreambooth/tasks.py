@@ -109,7 +109,7 @@ def prepare_data(cfg: DictConfig) -> tuple[Tuning, DreamBoothDataModule]:
     given = {key: model[key] for key in shared} | {"train_text_encoder": tuning.learns_text, "seed": cfg.seed}
     data = build(model.data)(family, **given)
     data.check()
-    if model.with_prior_preservation and not tuning.drifts:
+    if model.with_prior_preservation and not tuning.can_change_class:
         log.warning("nothing but a new word learns, so the class cannot drift: model.with_prior_preservation=false")
     return tuning, data
 
@@ -205,6 +205,8 @@ def ended_by_sigterm(trainer: pl.Trainer) -> Iterator[None]:
     def end(*_: object) -> None:
         if (launcher := trainer.strategy.launcher) is not None:
             launcher.kill(signal.SIGTERM)
+        if callable(before):  # a job that is pre-empted comes back
+            before(signal.SIGTERM, None)
         raise SystemExit(143)
 
     def install(*_: object) -> None:

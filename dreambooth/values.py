@@ -10,6 +10,7 @@ NULLABLE: dict[str, type] = {  # null beside a value of this kind
     "trainer.max_steps": int,
     "trainer.max_epochs": int,
     "trainer.gradient_clip_val": float,
+    "trainer.strategy.replicate": int,
     "model.revision": str,
     "model.variant": str,
     "model.restore_from_path": str,
@@ -97,7 +98,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
         pretrain.scenes pretrain.held_out pretrain.every_nth_prompt
         callbacks.nan_guard.patience callbacks.checkpoint.every_n_train_steps callbacks.sample_grid.every_n_train_steps
         callbacks.sample_grid.num_images_per_prompt callbacks.sample_grid.resolution infer.num_images_per_prompt
-        evaluate.batch_size infer.batch_size
+        evaluate.batch_size infer.batch_size trainer.strategy.replicate
         evaluate.num_images_per_prompt evaluate.num_class_images callbacks.evaluate.every_n_train_steps
         benchmark.num_prompts benchmark.num_photos model.data.bucket_ratio
         benchmark.num_images_per_prompt benchmark.num_class_images identifier.candidates identifier.max_characters

@@ -39,9 +39,12 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=30
 MailProg=/bin/true
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP PriorityTier=5 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=60 State=UP PriorityTier=10
 """
 
 

@@ -11,7 +11,8 @@ import torch
 from dreambooth import UserError, compose
 from dreambooth.benchmark import results
 from dreambooth.benchmark.protocol import POCKET_PROMPTS, parse, tasks_of
-from dreambooth.benchmark.task import benchmark, share, take_one_gpu
+from dreambooth.benchmark.task import alone, benchmark, share, take_one_gpu, tree_of
+from dreambooth.config import command_of
 from tests.layouts import LAYOUT, small
 
 GOOGLE = Path(__file__).parents[2] / "shared" / "data" / "dreambooth"
@@ -48,6 +49,8 @@ def test_a_few_photos_are_learned_and_likeness_is_to_all(layout, tmp_path):
     assert sorted(path.name for path in learned.iterdir()) == ["0.png", "1.png"]
     assert (learned / "0.png").read_bytes() == (layout / "dog" / "0.png").read_bytes()
     assert changes["evaluate"]["photos"] == str(layout / "dog")
+    other = dog.settings("sks", compose(["benchmark.num_photos=3"]).benchmark, tmp_path)
+    assert other["model"]["data"]["instance_dir"] != str(learned)  # so that a run of two is none of three
     with pytest.raises(UserError, match=r"benchmark\.num_photos=9, but .* has 5"):
         tasks_of(compose(["benchmark=paper", f"benchmark.folder={layout}", "benchmark.num_photos=9"]).benchmark)
 
@@ -122,6 +125,8 @@ def test_scores_that_are_cut_short_are_none(tmp_path):
             | {"SLURM_ARRAY_TASK_MIN": "0", "RANK": "1", "WORLD_SIZE": "2"},
             (5, 6),
         ),
+        # submitit's array is of the settings of a sweep, each for all subjects
+        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_COUNT": "6", "SUBMITIT_EXECUTOR": "slurm"}, (0, 1)),
     ],
 )
 def test_subjects_are_dealt_out(env, expected, monkeypatch):
@@ -131,6 +136,15 @@ def test_subjects_are_dealt_out(env, expected, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert share() == expected
+    with alone():  # Lightning finds no group
+        assert not {"RANK", "WORLD_SIZE", "SLURM_PROCID"} & set(os.environ)
+    assert share() == expected  # the next job of a sweep is dealt its own
+
+
+def test_the_run_of_a_subject_knows_the_command_of_its_benchmark(tmp_path):
+    cfg = compose(["task=benchmark", "benchmark=pocket_short", f"hydra.run.dir={tmp_path}"])
+    tree = tree_of(cfg, tasks_of(cfg.benchmark)[0], tmp_path / "dog")
+    assert command_of(tree) == f"dreambooth task=benchmark benchmark=pocket_short hydra.run.dir={tmp_path}"
 
 
 def test_an_array_with_gaps_is_refused(monkeypatch):
@@ -191,7 +205,6 @@ def test_two_shares_make_one_table_and_a_broken_subject_is_redone_alone(tiny_sd,
     monkeypatch.setenv("RANK", "1")
     half = benchmark(compose(words))
     assert [row["subject"] for row in half.rows][:-3] == ["teapot"]
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     whole = benchmark(compose(words))
     assert [row["subject"] for row in whole.rows][:-3] == ["dog", "teapot"]

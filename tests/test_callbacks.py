@@ -19,11 +19,11 @@ class Terminal(io.StringIO):
 
 def follow(progress: Progress, first: int, last: int) -> None:
     """What Lightning calls, for the steps after ``first`` of two micro-batches each."""
-    trainer: Any = SimpleNamespace(global_step=first, max_steps=last, accumulate_grad_batches=2, world_size=1)
+    trainer: Any = SimpleNamespace(global_step=first, max_steps=last, accumulate_grad_batches=2, world_size=3)
     progress.on_train_start(trainer, None)
     for batch in range(2 * (last - first)):
         trainer.global_step = first + (batch + 1) // 2
-        progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(0.25)}, None, batch)
+        progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(0.25)}, {"index": [0, 1]}, batch)
     progress.on_train_end(trainer, None)
 
 
@@ -37,6 +37,9 @@ def test_a_log_gets_a_line_now_and_then(caplog: pytest.LogCaptureFixture, monkey
         follow(Progress(line_seconds=0), 10, 13)
     assert [line.split(",")[0] for line in caplog.messages] == [f"step {step}/13" for step in (11, 12, 13)]
     assert all(line.endswith(" left") for line in caplog.messages)
+    for line in caplog.messages:  # two pictures, two micro-batches, three ranks
+        steps, samples = (float(part.split()[0]) for part in line.split(", ")[2:4])
+        assert samples == pytest.approx(12 * steps, rel=0.01, abs=0.2)
     assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,7 @@ LIGHTNINGS = "pytorch_lightning.strategies"
 class Own(Full):
     """Somebody's way of tuning that says nothing of parts."""
 
-    may_be_cut = False
+    supports_sharding = False
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,16 @@ def test_what_cannot_be_done(
 )
 def test_what_a_strategy_that_cuts_knows(words: str) -> None:
     checks.check(compose(["strategy=fsdp", *f"model/tuning={words}".split(), "trainer.accelerator=cpu"]))
+
+
+def test_a_task_that_sees_one_gpu_of_its_node_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    job = {"JOB_ID": "7", "JOB_NAME": "train", "STEP_ID": "0", "NTASKS": "4", "NTASKS_PER_NODE": "4"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(UserError, match=r"each task sees 1: type sbatch --gpus-per-node=4, without --gpus-per-task"):
+        checks.check(compose(["trainer.accelerator=gpu", "trainer.devices=4", "strategy=ddp"]))
 
 
 @pytest.mark.parametrize("name", checks.WHOLE)

@@ -158,6 +158,10 @@ def test_the_flags_of_other_trainers_are_answered_with_keys_that_there_are():
         ("defaults: [override /model/weighting: minsnr]", "did you mean 'min_snr'"),
         ("defaults: [override /model/wieghting: min_snr]", "did you mean 'model/weighting'"),
         ("model: [}", "mine.yaml, line 2"),
+        (
+            "defaults: [override /callbacks/evaluate: none]\ncallbacks: {evaluate: {patience: 1}}",
+            "experiment=mine: callbacks.evaluate is null, so its keys change nothing; pick a card first",
+        ),
     ],
 )
 def test_a_misspelt_experiment_of_the_users_is_found(text, words, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Every card composes, binds to what it configures, and no experiment adds a key; wrong input gets one line."""
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,20 @@ def test_wrong_input_is_one_line_with_the_right_name(override, words):
 def test_a_key_of_a_card_that_is_not_in_use_is_told_its_card():
     with pytest.raises(UserError, match=r"patience: there is no such key; callbacks/evaluate=default has it$"):
         config.compose(["model=sd15", "callbacks.evaluate.patience=4"])
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not re.match("nemo|mindone_sd|diffusers", name)])
+def test_an_experiment_of_the_pocket_model_runs_with_another(name):
+    """The callbacks that its keys are of are there: with other models than the pocket's they are off."""
+    cfg = config.compose([f"experiment={name}", "model=sd15", "model.data.instance_dir=."])
+    assert all("_target_" in node for node in cfg.callbacks.values() if node is not None)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5"])
+def test_groups_of_ranks_are_at_least_one(value):
+    with pytest.raises(UserError, match=r"trainer\.strategy\.replicate=.*: must be"):
+        config.compose(["strategy=fsdp", f"trainer.strategy.replicate={value}"])
+    assert config.compose(["strategy=fsdp", "trainer.strategy.replicate=null"]).trainer.strategy.replicate is None
 
 
 def test_right_input_of_several_kinds_is_taken():

@@ -256,6 +256,10 @@ def test_the_scores_of_other_pictures_are_never_written_over(tmp_path, monkeypat
     for images, out in ((IMAGES[0], "run/evaluation-2"), (IMAGES[1], "run/evaluation")):
         with pytest.raises(UserError, match=r"evaluate\.out_path: .* has the scores of other pictures"):
             evaluate(compose([*words, images, f"evaluate.out_path={out}"]))
+    by = f"evaluate.photos={IMAGES[1].partition('=')[2]}"
+    assert evaluate(compose([*words, IMAGES[0], by, "hydra.run.dir=run"])).folder.name == "evaluation-3"
+    with pytest.raises(UserError, match=r"evaluation has the scores of .* by other photos or metrics"):
+        evaluate(compose([*words, IMAGES[0], by, "evaluate.out_path=run/evaluation"]))
     (tmp_path / "run" / "evaluation" / "scores.jsonl").write_text("{")
     evaluate(
         compose([*words, IMAGES[0], "hydra.run.dir=run", "evaluate.out_path=elsewhere"])

@@ -11,12 +11,15 @@ from tests.tiny import short_run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", ["adamw", "schedule_free"])
+@pytest.mark.parametrize(
+    "words",
+    [["model.ema.decay=0.9"], ["model/optim=schedule_free", "~callbacks.ema"]],
+    ids=["average", "schedule_free"],
+)
 def test_the_newest_checkpoint_is_exported_as_the_run_would(
-    card: str, tiny_sd: Path, photos: Path, tmp_path: Path
+    words: list[str], tiny_sd: Path, photos: Path, tmp_path: Path
 ) -> None:
     """Averages of the run or of its optimizer included; before there is anything to export it says so."""
-    words = [f"model/optim={card}", *(["model.ema.decay=0.9"] if card == "adamw" else [])]
     quiet = ["callbacks.sample_grid=null", "callbacks.evaluate=null", "logger=none", "trainer.max_steps=3"]
     run = train(compose([*short_run(tiny_sd, photos, tmp_path / "run"), *words, *quiet])).folder
     wanted = compose(["task=export", f"infer.model={run}"])

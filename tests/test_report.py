@@ -9,9 +9,11 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from PIL import Image
 
 from dreambooth import UserError, cli, compose, train
 from dreambooth.callbacks.report import Report
@@ -178,6 +180,13 @@ def test_large_pictures_stay_below_the_limit(tmp_path: Path) -> None:
     shots = [album.add(run / f"evaluation/after/{number:05d}.png", "") for number in range(6)]
     album.develop()
     assert sum(len(shot.src) for shot in shots if shot) < 30_000  # the smallest there is
+    noise = np.random.default_rng(0).integers(0, 256, (20, 128, 128, 3), dtype=np.uint8)
+    album = Album(budget=400_000)
+    for number, pixels in enumerate(noise):  # enlarged pixel by pixel, but not at any price
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        album.add(tmp_path / f"{number}.png", "")
+    album.develop()
+    assert sum(len(shot.src) for shot in album.shots) < 400_000
     (run / "broken.png").write_bytes(b"no picture")
     assert album.add(run / "broken.png", "") is None
     assert album.add(run / "missing.png", "") is None

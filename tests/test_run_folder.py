@@ -10,7 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.errors import UserError
-from dreambooth.run_folder import FOLDER_VARIABLE, Run, is_rank_zero, open_run
+from dreambooth.run_folder import FOLDER_VARIABLE, Run, find_run, is_rank_zero, open_run
 from dreambooth.run_id import run_id
 
 CLUSTER = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "NODE_RANK")
@@ -138,15 +138,19 @@ def test_a_folder_in_which_nothing_was_trained_is_begun_anew(tmp_path: Path) -> 
 def test_afresh_takes_the_next_free_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     taken = []
-    for _ in range(3):
+    for job in "123":
+        monkeypatch.setenv("SLURM_JOB_ID", job)
         run = open_run(settings(resume=False), folder)
         (run.folder / "metrics.csv").touch()
         taken.append(run.folder.name)
     assert taken == ["run", "run-2", "run-3"]
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the job that made run-3 is started again
-    assert open_run(settings(resume=False), folder).folder.name == "run-3"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the job that made run-3, or another, is started again
+    for job, name in (("3", "run-3"), ("2", "run-2"), ("4", "run-4")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert find_run(settings(resume=False), folder).folder.name == name
     assert open_run(settings(resume=False), tmp_path / "new").folder.name == "new"
     monkeypatch.delenv("SLURM_RESTART_COUNT")
+    monkeypatch.delenv("SLURM_JOB_ID")
     assert open_run(settings(), tmp_path / "run-2").summary is None
 
 

@@ -155,6 +155,19 @@ def test_a_cancelled_job_saves_and_stays_away(slurm, settings, tmp_path) -> None
     assert "requeued" not in log_of(tmp_path, job)
 
 
+def test_a_job_that_another_one_displaces_comes_back(slurm, settings, tmp_path) -> None:
+    """It is sent TERM, as a cancelled one, and has the partition's GraceTime to save and leave."""
+    job = submit(slurm, tmp_path, "--nodes=1", "--exclusive", *settings, "trainer.max_steps=400")
+    run = tmp_path / "outputs" / "dreambooth" / job
+    slurm.wait(lambda: reached(run, 3), 180, lambda: log_of(tmp_path, job))
+    words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
+    other = slurm.call("sbatch", "--parsable", *words)
+    slurm.wait(lambda: slurm.finished(other), 120, lambda: log_of(tmp_path, job))
+    slurm.wait(lambda: slurm.finished(job), 200, lambda: log_of(tmp_path, job))
+    assert f"requeued job {job}" in log_of(tmp_path, job)
+    assert [int(row["step"]) for row in rows_of(run / "metrics.csv")] == list(range(1, 401))
+
+
 def test_other_nodes_than_the_job_has_are_one_line(slurm, settings, tmp_path) -> None:
     job = submit(slurm, tmp_path, "--nodes=1", *settings, "trainer.num_nodes=2")
     slurm.wait(lambda: slurm.state(job) == "FAILED", 60, lambda: log_of(tmp_path, job))

@@ -237,6 +237,15 @@ def test_the_launcher_without_its_packages_is_one_line() -> None:
 
 
 @pytest.mark.slow
+def test_a_sweep_of_submitits_own_processes(sweep, tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    code, _, err = sweep("hydra/launcher=submitit_local", "seed=1,2")
+    assert code == 0, err
+    rows = rows_of(tmp_path / "outputs" / "dreambooth" / "sweep.csv")
+    assert [(row["seed"], row["steps"], row["error"]) for row in rows] == [("1", "1", ""), ("2", "1", "")]
+
+
+@pytest.mark.slow
 def test_a_sweep_of_two_ranks_under_torchrun(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     """Each job trains on both ranks; the ranks share its folder."""
     usual = [text for text in short_run(tiny_sd, photos, tmp_path / "run") if not text.startswith("hydra")]

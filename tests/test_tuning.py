@@ -99,9 +99,9 @@ def test_every_way(name: str, prior: bool, cached: bool, tiny_sd: Path, photos: 
     folder = tmp_path / "whole"
     exported = StableDiffusionPipeline.from_pretrained(folder / "pipeline", safety_checker=None)
     assert np.array_equal(picture(exported), own.picture)
-    assert (parts / "pipeline").exists() == (not module.tuning.separate)
-    assert (folder / "adapter").exists() == module.tuning.separate
-    if module.tuning.separate:
+    assert (parts / "pipeline").exists() == (not module.tuning.saves_adapter)
+    assert (folder / "adapter").exists() == module.tuning.saves_adapter
+    if module.tuning.saves_adapter:
         base = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
         plain = picture(base)
         base.load_lora_weights(folder / "adapter")
@@ -236,7 +236,7 @@ def test_a_text_encoder_that_stops(name: str, tiny_sd: Path, tmp_path: Path) -> 
 
         def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, *_: object) -> None:
             if batch["step"] == 2:
-                pl_module.tuning.stop_text()
+                pl_module.tuning.freeze_text_encoder()
                 self.weights = text(pl_module)
 
     online = Online()

@@ -4,6 +4,7 @@ import os
 import random
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import pytorch_lightning as pl
 
 from dreambooth import compose, slurm
-from dreambooth.parallel.watch import watching
+from dreambooth.parallel.watch import read, watching
 from dreambooth.tasks import prepare
 from tests.processes import FORK_WARNING, start
 from tests.tiny import RESOLUTION
@@ -144,6 +145,17 @@ def test_a_rank_that_is_told_to_go_on_later_has_the_first_one_ask_for_it(tmp_pat
         process.join(60)
     assert [process.exitcode for process in both] == [143, 143]
     assert (tmp_path / "told").read_text() == "requeue 71\n"
+
+
+def test_a_rank_that_ends_at_once_is_still_heard() -> None:
+    """Its last words may come with its first."""
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(b"token\t1\trank\tpath\n2 why\n")
+        assert read(here) == "token\t1\trank\tpath"
+        assert read(here) == "2 why"
+        there.close()
+        assert read(here) is None
 
 
 @pytest.mark.slow

@@ -86,6 +86,25 @@ def test_a_shard_gives_its_pictures_with_their_captions(tmp_path: Path) -> None:
         assert [picture.data for picture in pictures(same)] == [picture.data for picture in found]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", ["USR1", "TERM", "INT"])
+def test_a_signal_to_every_process_ends_no_command_that_a_shard_comes_from(sign: str, tmp_path: Path) -> None:
+    """As SLURM sends it: the run notes it and goes on to the end of its step, which needs the rest of the shard."""
+    (shard,) = write_shards(tmp_path, [250])
+    assert Path(shard).stat().st_size > 200_000  # beyond what a pipe holds
+    code = f"""
+import os, signal
+from dreambooth.data.shards import pictures
+os.setpgrp()
+signal.signal(signal.SIG{sign}, lambda *_: None)
+for number, _ in enumerate(pictures("pipe:cat {shard}")):
+    if number == 3:
+        os.killpg(0, signal.SIG{sign})
+print(number + 1)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "250\n", done.stderr
+
+
 def test_globs_braces_lists_and_commands_name_shards(tmp_path: Path) -> None:
     a, b, c = write_shards(tmp_path, [1, 1, 1])
     assert expand(f"{tmp_path}/*.tar", KEY) == [a, b, c]

@@ -12,7 +12,7 @@ from dreambooth.files import atomic, list_pictures
 
 LIVE = {"cat", "dog"}  # classes that get the paper's list for live subjects
 FILE = "prompts_and_classes.txt"
-PHOTOS = "photos"  # in a run folder: those that are learned, when it is not all
+PHOTOS = "photos-{}"  # in a run folder: those that are learned, by their number, when it is not all
 POCKET_PROMPTS = (
     *("a {0} {1} on the beach", "a {0} {1} in the snow", "a {0} {1} at night", "a {0} {1} on the grass"),
     *("a {0} {1} in a room", "a {0} {1} in the city", "a photo of a {0} {1}", "a picture of a {0} {1} on the beach"),
@@ -38,7 +38,7 @@ class Task:
         noun = self.noun if how.noun is None else how.noun
         data = {
             "subjects": None,
-            "instance_dir": str(folder / PHOTOS if self.are_chosen(how.num_photos) else self.photos),
+            "instance_dir": str(self.learned(how.num_photos, folder)),
             "instance_prompt": f"a photo of a {identifier} {noun}".strip(),
             "regularization_prompt": f"a photo of a {noun or self.noun}",
             "cached_instance_dir": str(folder / "latents"),
@@ -57,12 +57,16 @@ class Task:
         """Whether ``count`` is some of the photos, not all (as None is)."""
         return count is not None and count < len(list_pictures(self.photos, "benchmark.folder"))
 
+    def learned(self, count: int | None, folder: Path) -> Path:
+        """Where the photos lie that the run in ``folder`` learns."""
+        return folder / PHOTOS.format(count) if self.are_chosen(count) else self.photos
+
     def choose_photos(self, count: int | None, folder: Path) -> None:
         """Copy the first ``count`` photos in the order of their names beside the run; all are read where they are."""
         if not self.are_chosen(count):
             return
         for path in list_pictures(self.photos, "benchmark.folder")[:count]:
-            with atomic(folder / PHOTOS / path.name) as temporary:
+            with atomic(self.learned(count, folder) / path.name) as temporary:
                 shutil.copyfile(path, temporary)
 
 

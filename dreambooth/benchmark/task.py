@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.benchmark import results, shared
 from dreambooth.benchmark.protocol import Task, tasks_of
+from dreambooth.config import same_command
 from dreambooth.errors import UserError
 from dreambooth.run_folder import FOLDER_VARIABLE
 from dreambooth.slurm import device_count
@@ -30,6 +33,7 @@ GROUP = (
     "TORCHELASTIC_RUN_ID",
 )
 SLURM = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NAME")
+DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -64,19 +68,25 @@ def benchmark(cfg: DictConfig) -> Benchmark:
         )
     tasks, folder = tasks_of(cfg.benchmark), Path(cfg.run_dir)
     shard, count = share()
-    take_one_gpu()
-    for name in (*GROUP, *SLURM):
-        os.environ.pop(name, None)
     mine = tasks[shard::count]
-    for number, task in enumerate(mine, 1):
-        log.info("%s (%d of %d here, %d in all)", task.name, number, len(mine), len(tasks))
-        run_subject(cfg, task, folder / task.name)
+    with alone():
+        for number, task in enumerate(mine, 1):
+            log.info("%s (%d of %d here, %d in all)", task.name, number, len(mine), len(tasks))
+            run_subject(cfg, task, folder / task.name)
+    return write_tables(folder, tasks)
+
+
+def write_tables(folder: Path, tasks: list[Task]) -> Benchmark:
+    """Write the tables of the subjects that are finished so far, whichever process trained them."""
     folders = {task.name: folder / task.name for task in tasks}
     rows: list[dict[str, Any]] = []
     while len(rows) < len(now := results.table(folders)):  # again if another process finished one meanwhile
         rows, text = now, results.write(folder, now)
     on_the_way = results.write_curves(folder, results.curves(folders))
-    log.info("%d of %d subjects\n%s\n%s", len(rows) - 3, len(tasks), text, on_the_way)
+    done = len(rows) - 3
+    log.info("%d of %d subjects\n%s\n%s", done, len(tasks), text, on_the_way)
+    if done < len(tasks):
+        log.info("others are at work on the rest; typed again when they have ended, the same command tells of all")
     return Benchmark(folder, rows)
 
 
@@ -85,8 +95,7 @@ def run_subject(cfg: DictConfig, task: Task, place: Path) -> None:
     if cfg.benchmark.runs_dir is None:
         _train(cfg, task, place)
     else:
-        # Where it lies decides nothing, but how many photos were copied there does.
-        key = shared.settings_key(tree_of(cfg, task, Path(f"photos-{cfg.benchmark.num_photos}")))
+        key = shared.settings_key(tree_of(cfg, task, Path("run")))
         run = Path(cfg.benchmark.runs_dir).expanduser() / f"{task.name}-{key}"
         shared.link(place, run)
         with shared.claimed(run):
@@ -104,7 +113,7 @@ def tree_of(cfg: DictConfig, task: Task, place: Path) -> DictConfig:
     """The settings of a subject's training in ``place``, the same from whichever benchmark."""
     tree: Any = OmegaConf.merge(cfg, task.settings(cfg.benchmark.identifier, cfg.benchmark, place), {"benchmark": None})
     OmegaConf.set_readonly(tree, True)
-    return tree
+    return same_command(tree, cfg)
 
 
 def refuse_groups(trainer: Any) -> None:
@@ -121,13 +130,18 @@ def refuse_groups(trainer: Any) -> None:
 
 
 def share() -> tuple[int, int]:
-    """Which of how many equal shares this process has: ranks of a launcher, times the tasks of a SLURM array."""
+    """Which of how many equal shares this process has: ranks of a launcher, times the tasks of a SLURM array.
+
+    The array in which submitit hands over a sweep is none of these: each of its tasks has settings of its own.
+    """
     env = os.environ
     by_srun = "SLURM_STEP_ID" in env  # without srun the tasks of a job are only announced
     rank, world = (
         int(env.get(a, env.get(b, c) if by_srun else c))
         for a, b, c in (("RANK", "SLURM_PROCID", "0"), ("WORLD_SIZE", "SLURM_NTASKS", "1"))
     )
+    if "SUBMITIT_EXECUTOR" in env:
+        return rank, world
     first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
     count = int(env.get("SLURM_ARRAY_TASK_COUNT", 1))
     if int(env.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step)) != first + (count - 1) * step:
@@ -138,13 +152,29 @@ def share() -> tuple[int, int]:
     return place * world + rank, count * world
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process knows of no others, and of one GPU; the next job of a sweep knows its share again."""
+    before = {name: os.environ.get(name) for name in (*GROUP, *SLURM, DEVICES, FOLDER_VARIABLE)}
+    take_one_gpu()
+    for name in (*GROUP, *SLURM):
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
 def take_one_gpu() -> None:
     """Let this process see the GPU of its own number among those of its node, before anybody counts them."""
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = os.environ.get(DEVICES)
     seen = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
     if local is not None and len(seen) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen[int(local) % len(seen)]
+        os.environ[DEVICES] = seen[int(local) % len(seen)]
 
 
 def repair(folder: Path) -> None:

@@ -23,13 +23,13 @@ class Export(pl.Callback):
     # Not on_train_end: Lightning skips it for a run that was killed after its last step and has nothing to train.
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         folder, tuning = Path(trainer.default_root_dir), pl_module.tuning
-        if tuning.separate:
+        if tuning.saves_adapter:
             with pl_module.averaged():
                 if trainer.is_global_zero:
                     with atomic(folder / ADAPTER) as temporary:
                         tuning.save(temporary)
         levels = pl_module.objective.scheduler
-        if self.merged or not tuning.separate or levels not in (None, pl_module.family.scheduler):
+        if self.merged or not tuning.saves_adapter or levels not in (None, pl_module.family.scheduler):
             with pl_module.finished():
                 if trainer.is_global_zero:
                     pl_module.family.save(folder / PIPELINE)

@@ -23,8 +23,8 @@ class Preemption(pl.Callback):
 
     The handler raises a flag and does nothing else, so it may come anywhere in a step. With several ranks every step
     ends with an all-reduce of one number that is read a step later: no rank waits for it, and all stop at the same step
-    though each was told at another moment. Under SLURM, USR1 and USR2 also requeue the job (``requeue``). Another
-    Ctrl-C, more than a second after the first, ends the run at once.
+    though each was told at another moment. Under SLURM, USR1, USR2 and a pre-emption also requeue the job
+    (``requeue``). Another Ctrl-C, more than a second after the first, ends the run at once.
 
     Runs after all callbacks but the checkpoint: what is due at the last step is done before it. Before the first step
     and after the last one the handlers of ``slurm.requeued`` and ``tasks.ended_by_sigterm`` act, at once.
@@ -89,7 +89,7 @@ class Preemption(pl.Callback):
         come_back = trainer.strategy.reduce_boolean_decision(
             any(sign in slurm.REQUEUE_SIGNALS for sign in self.raised), all=False
         )
-        if trainer.is_global_zero and come_back and self.requeue and slurm.in_job():
+        if trainer.is_global_zero and self.requeue and slurm.in_job() and (come_back or slurm.preempted()):
             slurm.requeue()
         trainer.strategy.barrier()
         raise SystemExit(130 if signal.SIGINT in self.raised else 143)

@@ -18,6 +18,6 @@ class Report(pl.Callback):
             return
         folder = Path(trainer.default_root_dir)
         try:
-            write_report(folder)
+            log.info("report %s", write_report(folder))
         except Exception as error:  # the model is trained and saved: a page that can be written later fails nothing
             log.warning("no report.html (%s): task=report report.runs=%s tries again", error, folder)

@@ -1,9 +1,11 @@
 """Pictures in tar shards: which shards there are, and the pictures of one, read from its beginning to its end."""
 
 import glob
+import re
+import signal
 import tarfile
-from collections.abc import Generator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -94,6 +96,29 @@ def first(shard: str) -> Picture:
     return picture
 
 
+def _begin(shard: str) -> Any:
+    """The output of a command, or of what loads a URL. A shell unblocks signals, but not those that it traps."""
+    return gopen(re.sub("^pipe:", "pipe:trap '' INT TERM USR1 USR2; ", shard))
+
+
+@contextmanager
+def _unsignalled() -> Iterator[None]:
+    """Within, commands begin that hear no signal but KILL: SLURM, torchrun and Ctrl-C send theirs to every process.
+
+    They would end in the middle of a shard, while the process that reads them only takes note and goes on to the end of
+    its step. They end with it, when nobody reads them. What comes meanwhile waits.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    signs = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signs)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def pictures(shard: str) -> Generator[Picture, None, None]:
     """The pictures of a shard in its order, one in memory at a time.
 
@@ -103,7 +128,8 @@ def pictures(shard: str) -> Generator[Picture, None, None]:
     stream = None
     count = 0
     try:
-        stream = Tail(gopen(shard) if remote(shard) else open(shard, "rb"))  # noqa: SIM115 (closed below)
+        with _unsignalled():
+            stream = Tail(_begin(shard) if remote(shard) else open(shard, "rb"))  # noqa: SIM115 (closed below)
         for sample in group_by_keys(tar_file_expander([{"url": shard, "stream": stream}]), keys=_split):
             picture = _picture(shard, sample)
             if picture is not None:

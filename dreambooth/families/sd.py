@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth.families import folder as folders
 from dreambooth.families.base import Family
-from dreambooth.families.cuts import warn_of_cuts
+from dreambooth.families.truncation import warn_of_truncation
 
 CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
@@ -62,7 +62,7 @@ class StableDiffusion(Family):
     def tokens(self, prompts: list[str]) -> Tensor:
         with folders.quiet():  # as the pipeline does it: a learned word of several embeddings is as many tokens
             prompts = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), self.tokenizer)
-        warn_of_cuts(self.tokenizer, self.window, prompts)
+        warn_of_truncation(self.tokenizer, self.window, prompts)
         return self.tokenizer(
             prompts, padding="max_length", max_length=self.window, truncation=True, return_tensors="pt"
         ).input_ids

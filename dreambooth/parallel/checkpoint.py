@@ -49,7 +49,7 @@ def save(trainer: Any, module: Any, path: Path) -> None:
     try:
         with atomic(path) if trainer.is_global_zero else nullcontext() as temporary:
             _write(trainer, path, temporary, module.layout, notes)
-            if temporary is not None and path.is_dir() != module.layout.cut:
+            if temporary is not None and path.is_dir() != module.layout.sharded:
                 remove(path)  # a damaged one of the same step, by another strategy
     except Exception as error:
         failure = error
@@ -61,14 +61,14 @@ def _write(trainer: Any, path: Path, temporary: Path | None, layout: Any, notes:
     entries, written = layout.entries(), 0
     failure: Exception | None = None
     try:
-        if temporary is not None and layout.cut:
+        if temporary is not None and layout.sharded:
             temporary.mkdir()
     except OSError as error:
         failure = _refused(path, error)
     place = Path(trainer.strategy.broadcast(str(temporary)))
     try:
-        if failure is None and (layout.cut or temporary is not None):
-            own = tensors.file_of(place, trainer.global_rank, trainer.world_size) if layout.cut else place
+        if failure is None and (layout.sharded or temporary is not None):
+            own = tensors.file_of(place, trainer.global_rank, trainer.world_size) if layout.sharded else place
             written = tensors.write(own, entries, notes)
     except OSError as error:
         failure = _refused(path, error)

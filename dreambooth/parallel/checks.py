@@ -14,7 +14,7 @@ from dreambooth.slurm import device_count, launched_by_srun
 # What these do to one number of a weight depends on no other number of it.
 ELEMENTWISE = tuple(f"torch.optim.{name}" for name in ("AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "SGD"))
 
-CUTTING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 # Lightning's names of strategies under which every rank holds all and processes are started as this project does it.
 WHOLE = ("auto", "single_device", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 
@@ -28,7 +28,7 @@ def check(cfg: DictConfig) -> None:
         kind: Any = get_class(node._target_)
         if hasattr(kind, "check"):
             kind.check(cfg)
-        elif issubclass(kind, CUTTING):  # its checkpoints and pipelines would hold what one rank has
+        elif issubclass(kind, SHARDING):  # its checkpoints and pipelines would hold what one rank has
             card = _card("deepspeed_stage_2" if issubclass(kind, DeepSpeedStrategy) else "fsdp")
             raise UserError(
                 f"trainer.strategy._target_={node._target_}: type strategy={card}, whose checkpoints are whole"
@@ -42,7 +42,7 @@ def check(cfg: DictConfig) -> None:
         raise UserError("trainer.precision=16-mixed needs a GPU; type trainer.precision=bf16-mixed, or 32-true")
 
 
-def check_cut(cfg: DictConfig, strategy: str) -> None:
+def check_sharding(cfg: DictConfig, strategy: str) -> None:
     """Raise UserError for what would need whole weights within a step, where each rank holds a part of them."""
     model = cfg.model
     if model.optim._target_ not in ELEMENTWISE:
@@ -51,13 +51,13 @@ def check_cut(cfg: DictConfig, strategy: str) -> None:
             "type model/optim=adamw, or strategy=ddp"
         )
     tuning = get_object(model.tuning._target_)
-    if not getattr(tuning, "may_be_cut", False):
+    if not getattr(tuning, "supports_sharding", False):
         raise UserError(
             f"model/tuning: {strategy} gives each rank a part of a weight, of which {tuning.__name__} knows nothing; "
             "type one of the cards of model/tuning, or strategy=ddp"
         )
     if model.prior == "teacher" and (
-        not tuning.separate or tuning.always_text or model.tuning.get("train_text_encoder", False)
+        not tuning.saves_adapter or tuning.always_trains_text_encoder or model.tuning.get("train_text_encoder", False)
     ):
         raise UserError(
             f"model.prior=teacher: {strategy} sets aside an adapter of the denoiser, nothing else; type "
@@ -116,6 +116,11 @@ def _check_devices(trainer: Any) -> None:
     numbers = _numbers(asked)
     many = max(numbers) + 1 if numbers else device_count(asked)
     if many is not None and many > there:
+        if launched_by_srun() and os.environ.get("SLURM_NTASKS_PER_NODE") == str(many):
+            raise UserError(
+                f"trainer.devices={asked}, but of its node's GPUs each task sees {there}: type sbatch "
+                f"--gpus-per-node={many}, without --gpus-per-task and --gpu-bind"
+            )
         raise UserError(f"trainer.devices={asked}: there are {there} GPUs here; type trainer.devices={there} or fewer")
 
 

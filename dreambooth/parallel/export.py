@@ -48,8 +48,8 @@ def export(cfg: DictConfig) -> Exported | None:
     if kept is None:
         raise UserError(f"{run} has no checkpoint yet: let it train until callbacks.checkpoint.every_n_train_steps")
     nodes: tuple[Any, ...] = (
-        own.callbacks.ema,
-        own.callbacks.export or {"_target_": "dreambooth.callbacks.export.Export"},
+        own.callbacks.get("ema"),
+        own.callbacks.get("export") or {"_target_": "dreambooth.callbacks.export.Export"},
     )
     callbacks = [*(build(node) for node in nodes if node is not None), Resume(kept)]
     trainer = pl.Trainer(

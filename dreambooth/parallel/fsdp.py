@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dreambooth.errors import UserError
-from dreambooth.parallel.checks import check_cut
+from dreambooth.parallel.checks import check_sharding
 from dreambooth.parallel.layout import Sharded
 
 
@@ -43,7 +43,7 @@ class FsdpStrategy(ModelParallelStrategy):
     @staticmethod
     def check(cfg: DictConfig) -> None:
         """Raise UserError for settings that it has no answer to."""
-        check_cut(cfg, "strategy=fsdp")
+        check_sharding(cfg, "strategy=fsdp")
 
     def setup_environment(self) -> None:
         self._setup_distributed()

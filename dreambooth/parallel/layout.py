@@ -23,7 +23,7 @@ class Layout:
     whatever the strategy. All ranks call each method together, with the same arguments.
     """
 
-    cut = False  # whether a rank holds a part only
+    sharded = False  # whether a rank holds a part only
     clips = False  # whether the strategy clips gradients and skips what is not finite by itself
 
     def __init__(self, module: Any) -> None:
@@ -181,7 +181,7 @@ class Sharded(Layout):
     shells without the weights that learn; these are put in for as long as pictures are drawn or files written.
     """
 
-    cut = True
+    sharded = True
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)

@@ -135,7 +135,7 @@ class Watch:
             while len(self.peers.get_map()) < self.world - 1:
                 connection = server.accept()[0]
                 connection.settimeout(CONNECT)
-                given, _, about = connection.makefile("r").readline().rstrip("\n").partition("\t")
+                given, _, about = (read(connection) or "").partition("\t")
                 if given == token:
                     rank, name, path = about.split("\t")
                     self.hold(connection, Peer(int(rank), name, path))
@@ -232,11 +232,11 @@ def listen() -> socket.socket:
 
 
 def read(connection: socket.socket) -> str | None:
-    """A line, or None when the other end is gone."""
+    """A line, and nothing of what follows it; None when the other end is gone."""
     parts = b""
     while not parts.endswith(b"\n"):
         try:
-            part = connection.recv(4096)
+            part = connection.recv(1)
         except OSError:
             return None
         if not part:

@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from dreambooth.errors import UserError
-from dreambooth.parallel.checks import check_cut
+from dreambooth.parallel.checks import check_sharding
 from dreambooth.parallel.layout import Sharded
 from dreambooth.parallel.parts import number
 from dreambooth.parallel.tensors import Part
@@ -36,7 +36,7 @@ class ZeroLayout(Sharded):
         return self.zero.optimizer
 
     @property
-    def cuts_weights(self) -> bool:
+    def shards_weights(self) -> bool:
         """Whether this is stage 3."""
         return bool(self.module.trainer.strategy.zero_stage_3)
 
@@ -44,7 +44,7 @@ class ZeroLayout(Sharded):
     def pieces(self) -> list[Tensor]:
         """This rank's piece of the masters of each group."""
         zero = self.zero
-        return list(zero.fp32_partitioned_groups_flat if self.cuts_weights else zero.single_partition_of_fp32_groups)
+        return list(zero.fp32_partitioned_groups_flat if self.shards_weights else zero.single_partition_of_fp32_groups)
 
     def shape(self, weight: nn.Parameter) -> tuple[int, ...]:
         return tuple(getattr(weight, "ds_shape", weight.shape))
@@ -68,7 +68,7 @@ class ZeroLayout(Sharded):
     def weight_part(self, weight: nn.Parameter) -> Part | None:
         from deepspeed.utils import safe_get_local_fp32_param
 
-        if self.cuts_weights:
+        if self.shards_weights:
             return self.own_part(weight, safe_get_local_fp32_param(weight))
         return part_in(weight, self.pieces)
 
@@ -81,7 +81,7 @@ class ZeroLayout(Sharded):
         value = self.states(weight)[key]
         if not isinstance(value, Tensor) or value.shape != self.pieces[0].shape:
             return super().state_part(weight, key)
-        if self.cuts_weights:
+        if self.shards_weights:
             return self.own_part(weight, safe_get_local_optimizer_state(weight, key))
         return part_in(weight, [self.optimizer.state[piece][key] for piece in self.pieces])
 
@@ -109,7 +109,7 @@ class ZeroLayout(Sharded):
 
         for name, weight in self.named().items():
             value = values[name]
-            if self.cuts_weights:
+            if self.shards_weights:
                 with GatheredParameters([weight], modifier_rank=0):
                     weight.copy_(value)
                 safe_set_local_fp32_param(weight, self.part(weight, value))
@@ -132,7 +132,7 @@ class ZeroLayout(Sharded):
                     state[piece][key] = torch.zeros_like(piece, dtype=value.dtype)
                 elif not cut:
                     state[piece][key] = number(value) if value.dtype == torch.float64 else self.scalar(value, piece)
-            if cut and self.cuts_weights:
+            if cut and self.shards_weights:
                 safe_set_local_optimizer_state(named[weight], self.part(named[weight], value), key)
             elif cut:
                 scatter(named[weight], value, [state[piece][key] for piece in self.pieces])
@@ -188,7 +188,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             raise UserError(f"strategy=deepspeed_{stage} needs DeepSpeed: type pip install 'dreambooth[deepspeed]'")
         if cls.gpus_only and (trainer.accelerator == "cpu" or not torch.cuda.is_available()):
             raise UserError(f"strategy=deepspeed_{stage} needs a GPU: type strategy=ddp or strategy=fsdp")
-        check_cut(cfg, f"strategy=deepspeed_{stage}")
+        check_sharding(cfg, f"strategy=deepspeed_{stage}")
         if trainer.get("gradient_clip_algorithm") == "value":
             raise UserError("trainer.gradient_clip_algorithm=value: DeepSpeed clips by the norm only; type norm")
         if stage == 3 and cfg.model.ema.decay is not None:

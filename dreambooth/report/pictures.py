@@ -10,7 +10,7 @@ from PIL import Image
 from dreambooth.files import open_picture
 
 BUDGET = 3_700_000  # characters of all data URIs: with its text and curves a page stays below 5 MB
-SMALL = 128  # pixels: pictures up to here stay as they are, and are enlarged pixel by pixel
+SMALL = 128  # pixels: pictures up to here keep their size, lossless at the first level, and are enlarged pixel by pixel
 LEVELS = ((1.0, 82), (0.75, 78), (0.55, 72), (0.4, 62), (0.25, 50))  # scale and WebP quality, tried in this order
 
 
@@ -66,10 +66,10 @@ class Album:
 def _data_uri(shot: Shot, scale: float, quality: int) -> str:
     image, file = shot.image, io.BytesIO()
     # Neither places and dates of a phone nor colour profiles travel along: the page shows what the training sees.
-    if shot.small:
+    if shot.small and scale == 1:
         image.save(file, "WEBP", lossless=True, exif=b"", icc_profile=b"")
     else:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        scaled = image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)
+        scaled = image if scale == 1 or shot.small else image.resize(size, Image.Resampling.LANCZOS)
         scaled.save(file, "WEBP", quality=quality, exif=b"", icc_profile=b"")
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -30,10 +30,10 @@ class Tuning(ABC):
             share of all steps, which ``Pivotal`` hands on of its word; the key of this name takes a step only.
     """
 
-    separate = False  # whether what learned is files of its own beside the base (``save``)
-    drifts = True  # whether what learns can change pictures of the class
-    always_text = False  # whether something of a text encoder learns, whatever the settings
-    may_be_cut = False  # whether it works where each rank holds a part of a weight: fsdp, ZeRO
+    saves_adapter = False  # whether what learned is files of its own beside the base (``save``)
+    can_change_class = True  # whether what learns can change pictures of the class
+    always_trains_text_encoder = False  # whether something of a text encoder learns, whatever the settings
+    supports_sharding = False  # whether it works where each rank holds a part of a weight: fsdp, ZeRO
 
     def __init__(
         self,
@@ -83,20 +83,20 @@ class Tuning(ABC):
         """Whether something of a text encoder learns, or has learned before it was stopped."""
         return any(name.startswith(TEXT) for name in self.learned)
 
-    def stops_text(self, step: int, goal: int) -> bool:
+    def text_encoder_stopped(self, step: int, goal: int) -> bool:
         """Whether a text encoder that has learned is at rest in an optimizer step of ``goal``."""
         if not self.learns_text or (stop := self.stop_text_encoder_at) is None:
             return False
         return step >= (stop * goal if stop < 1 else stop)
 
-    def stop_text(self) -> list[nn.Parameter]:
+    def freeze_text_encoder(self) -> list[nn.Parameter]:
         """Freeze the text encoders; the parameters that learn no longer."""
         for name, network in self.learned.items():
             if name.startswith(TEXT):
                 network.requires_grad_(False).eval()
         return [weight for name, weight in self.weights().items() if name.startswith(TEXT)]
 
-    def waiting(self, step: int, goal: int) -> list[nn.Parameter]:
+    def not_yet_training(self, step: int, goal: int) -> list[nn.Parameter]:
         """The parameters that do not learn yet in an optimizer step of ``goal``."""
         return []
 
@@ -125,7 +125,7 @@ class Tuning(ABC):
         return nullcontext()
 
     def save(self, folder: Path) -> None:
-        """Write what learned as files of its own into ``folder``, when it is ``separate``."""
+        """Write what learned as files of its own into ``folder``, when it is ``saves_adapter``."""
         raise NotImplementedError
 
     def _forget_frozen(self, _: nn.Module, state: dict[str, Tensor], prefix: str, __: Any) -> None:

@@ -10,7 +10,7 @@ from dreambooth.tuning.base import Tuning, swapped
 class Full(Tuning):
     """All weights of the denoiser, and of the text encoder where it learns (Ruiz et al. 2022, arXiv 2208.12242)."""
 
-    may_be_cut = True
+    supports_sharding = True
     copies: list[Tensor]
 
     def prepare(self, name: str, network: nn.Module) -> None:

@@ -37,7 +37,7 @@ class Lora(Tuning):
         UserError: a network has no such layer, or PEFT has no adapter for its kind.
     """
 
-    separate, may_be_cut = True, True
+    saves_adapter, supports_sharding = True, True
 
     def __init__(
         self,

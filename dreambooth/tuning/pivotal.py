@@ -28,7 +28,7 @@ class Pivotal(Lora):
         lora: rank, alpha, target_modules and so on, see ``Lora``.
     """
 
-    always_text = True
+    always_trains_text_encoder = True
 
     def __init__(
         self,
@@ -58,8 +58,8 @@ class Pivotal(Lora):
         else:
             super().prepare(name, network)
 
-    def waiting(self, step: int, goal: int) -> list[nn.Parameter]:
-        if self.together or self.stops_text(step, goal):
+    def not_yet_training(self, step: int, goal: int) -> list[nn.Parameter]:
+        if self.together or self.text_encoder_stopped(step, goal):
             return []
         return [weight for name, weight in self.weights().items() if not name.startswith(TEXT)]
 

@@ -20,7 +20,7 @@ class TextualInversion(Tuning):
         word: how the word is found and begins, see ``Word``.
     """
 
-    separate, drifts, always_text, may_be_cut = True, False, True, True
+    saves_adapter, can_change_class, always_trains_text_encoder, supports_sharding = True, False, True, True
 
     def __init__(self, family: Family, embedding_lr: float | None = None, **word: Any) -> None:
         self.word = Word(family, **word)

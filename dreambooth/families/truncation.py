@@ -20,7 +20,7 @@ def lost_end(tokenizer: Any, window: int, prompt: str) -> str:
     return tokenizer.decode(tokens[room:]).strip() if len(tokens) > room else ""
 
 
-def warn_of_cuts(tokenizer: Any, window: int, prompts: Iterable[str]) -> None:
+def warn_of_truncation(tokenizer: Any, window: int, prompts: Iterable[str]) -> None:
     """Say once of each prompt that is too long which of its words are not read."""
     for prompt in dict.fromkeys(prompts):
         if lost := lost_end(tokenizer, window, prompt):
@@ -32,14 +32,14 @@ def _say(prompt: str, lost: str, window: int) -> None:
     log.warning("The model reads %d tokens of a prompt; not read: '%s', the end of '%s'", window, lost, prompt)
 
 
-def warn_for(pipeline: Any, prompts: Iterable[str]) -> None:
-    """As ``warn_of_cuts``, for all tokenizers of a diffusers pipeline, whose own word on it is dropped."""
+def warn_of_pipeline_truncation(pipeline: Any, prompts: Iterable[str]) -> None:
+    """As ``warn_of_truncation``, for all tokenizers of a diffusers pipeline, whose own word on it is dropped."""
     prompts = list(prompts)
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and part is not None:
-            warn_of_cuts(part, part.model_max_length, prompts)
-    logging.getLogger(type(pipeline).__module__).addFilter(_not_of_cuts)
+            warn_of_truncation(part, part.model_max_length, prompts)
+    logging.getLogger(type(pipeline).__module__).addFilter(_not_of_truncation)
 
 
-def _not_of_cuts(record: logging.LogRecord) -> bool:
+def _not_of_truncation(record: logging.LogRecord) -> bool:
     return OTHERS not in record.getMessage()
