@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from dreambooth import nearest, rules, slurm
 from dreambooth.errors import UserError
+from dreambooth.prompts import phrase
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())  # wheel, or checkout
@@ -180,11 +181,6 @@ def register_resolvers() -> None:
 def slug(text: object) -> str:
     """A text as the name of a folder."""
     return re.sub(r"[^\w.]+", "-", str(text)).strip("-.")
-
-
-def phrase(prompt: object) -> str:
-    """A prompt without how the picture is made: "a sks dog" of "a photo of a sks dog"."""
-    return re.sub(r"^a \w+ of ", "", str(prompt))
 
 
 def _command(hydra_node: Any) -> str:

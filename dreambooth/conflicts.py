@@ -7,6 +7,7 @@ from dreambooth.errors import UserError
 from dreambooth.nearest import nearest
 
 TEXT_OR_LIST = ("infer.prompts", "evaluate.prompts", "evaluate.class_prompts", "callbacks.sample_grid.prompts")
+LAST_RATE = 1e-7  # of diffusers' polynomial schedule
 SUBJECT = ("instance_dir", "instance_prompt", "regularization_prompt", "regularization_dir")  # of model.data.subjects
 
 
@@ -42,6 +43,10 @@ def _check_optimizer(values: Mapping[str, Any]) -> None:
         for key in ("model.tuning.text_encoder_lr", "model.tuning.embedding_lr"):
             if values.get(key) is not None:
                 raise UserError(f"{key}: Prodigy finds one rate for all; type {key}=null, or another optimizer")
+    if values["model.sched.name"] == "polynomial" and rate is not None and rate <= LAST_RATE:
+        raise UserError(
+            f"model.learning_rate={rate}: model.sched.name=polynomial falls to {LAST_RATE}; type a higher one"
+        )
     if values.get("model.optim.relative_step"):
         raise UserError(
             "model.optim.relative_step=true: a rate that Adafactor finds cannot follow model.sched; type false and "

@@ -15,10 +15,11 @@ from dreambooth.data import checks
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.files import atomic, list_pictures, open_picture
-from dreambooth.generation import find_model, pick_device, read_prompts
+from dreambooth.generation import find_model, pick_device
 from dreambooth.metrics import measure
 from dreambooth.metrics.suite import Row, Suite
 from dreambooth.picture_files import draw_through, foreign_picture
+from dreambooth.prompts import read_prompts
 from dreambooth.run_folder import SUMMARY, is_rank_zero, numbered, settings_in, summary_in
 from dreambooth.run_settings import by_untyped_cards, run_of, settings_of_run, words_of
 

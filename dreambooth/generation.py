@@ -1,7 +1,6 @@
 """task=generate: numbered pictures of prompts, each with the settings that drew it, and a labelled grid."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from dreambooth.families.base import Family
 from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
 from dreambooth.picture_files import describe, draw_missing, foreign_picture, missing, numbered_paths
+from dreambooth.prompts import read_prompts
 from dreambooth.run_folder import is_rank_zero, numbered, settings_in
 from dreambooth.run_settings import by_untyped_cards, run_of, settings_of_run
 
@@ -67,19 +67,6 @@ def generate(cfg: DictConfig) -> list[Path]:
         sheet.save(temporary, format="PNG")
     log.info("%d pictures, %d of them new, in %s", len(paths), new, folder)
     return paths
-
-
-def read_prompts(prompts: Any, key: str = "infer.prompts") -> list[str]:
-    """Prompts from one, a list of them, or the name of a text file with one a line; UserError without any."""
-    texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
-    if isinstance(prompts, str) and (prompts.endswith(".txt") or os.path.isfile(prompts)):
-        try:
-            texts = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{key}: {prompts} cannot be read ({error}); type a UTF-8 text file") from None
-    if not texts or any(text is None or not str(text).strip() for text in texts):
-        raise UserError(f"{key}: there is no prompt, or an empty one; type {key}='a photo of a sks dog'")
-    return [str(text) for text in texts]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dreambooth.errors import UserError
 from dreambooth.files import atomic
 from dreambooth.generation import pick_device
 from dreambooth.picture_files import describe, draw_batch
-from dreambooth.rare_words import around_the_rare_word
+from dreambooth.prompts import around_identifier
 from dreambooth.run_folder import is_rank_zero
 
 log = logging.getLogger(__name__)
@@ -46,13 +46,13 @@ def identifier(cfg: DictConfig) -> list[Identifier]:
     how, data = cfg.identifier, cfg.model.data
     if how.out_path is not None:
         checks.writable(Path(how.out_path).expanduser().parent, "identifier.out_path")
-    before, after = around_the_rare_word(data.instance_prompt, data.regularization_prompt)
+    before, after = around_identifier(data.instance_prompt, data.regularization_prompt)
     family, encoder = build(cfg.model.family), build(cfg.metrics).encoders.get("dino")
     if encoder is None:
         raise UserError(
             "metrics.encoders.dino=null: task=identifier looks through it; name one, or type metrics=default"
         )
-    words = rare_words(family.tokenizer, how.max_characters)[: how.candidates]
+    words = single_token_words(family.tokenizer, how.max_characters)[: how.candidates]
     if not words:
         raise UserError(
             f"identifier.max_characters={how.max_characters}: the tokenizer has no such word; type a higher number"
@@ -78,7 +78,7 @@ def identifier(cfg: DictConfig) -> list[Identifier]:
     return found
 
 
-def rare_words(tokenizer: Any, max_characters: int) -> list[tuple[str, int]]:
+def single_token_words(tokenizer: Any, max_characters: int) -> list[tuple[str, int]]:
     """(word, token) of at most ``max_characters`` letters that is one token and comes back as itself, rarest first.
 
     A byte-pair vocabulary is in the order of its merges, the most frequent first, so a high number is a rare word. (The

@@ -171,7 +171,8 @@ class DreamBoothModule(pl.LightningModule):
             self.sched["name"],
             optimizer,
             num_warmup_steps=self.sched["warmup_steps"],
-            num_training_steps=self.trainer.max_steps,
+            # task=prepare has none; and a warm-up that never ends would have diffusers divide by the rest of the way
+            num_training_steps=max(self.trainer.max_steps, self.sched["warmup_steps"] + 1),
             num_cycles=self.sched["num_cycles"],
             power=self.sched["power"],
         )
@@ -194,6 +195,12 @@ class DreamBoothModule(pl.LightningModule):
     def scaled(self) -> bool:
         """Whether Lightning scales the loss (fp16), and skips what overflows."""
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """By what fp16 multiplies the loss, on the device (``GradScaler.get_scale`` would wait for it), or None."""
+        scale: Tensor | None = getattr(getattr(self.trainer.precision_plugin, "scaler", None), "_scale", None)
+        return scale
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then gather ``step_metrics``; a strategy that accumulates by itself comes here in every micro-batch."""

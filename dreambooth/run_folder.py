@@ -8,12 +8,14 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.errors import UserError
@@ -34,9 +36,12 @@ SHARING = (
     "model.micro_batch_size",
     "model.gradient_checkpointing",
 )
-FOLDER_VARIABLE = "DREAMBOOTH_RUN_FOLDER"  # tells the processes that Lightning starts what rank 0 decided
+FOLDER_VARIABLE = (
+    "DREAMBOOTH_RUN_FOLDER"  # tells Lightning's other processes what rank 0 decided, asked for which folder
+)
 CONFIG, OVERRIDES, SUMMARY = "config.yaml", "overrides.yaml", "summary.json"
-JOB = ".slurm_job"  # which job began there, or went on with other settings
+JOB, LOCK = ".slurm_job", ".lock"  # which job began there, or went on with other settings; held while somebody trains
+PATIENCE = 10.0  # seconds: the loader processes of a killed run hold its lock for a few more
 MISSING = "(absent)"
 
 
@@ -70,17 +75,40 @@ def find_run(cfg: DictConfig, folder: Path) -> Run:
     ``folder-2, folder-3, …`` begins; a job that SLURM starts again goes on with the one that it began, if it did.
     Raises UserError when the folder belongs to other settings (naming them) or cannot be written.
     """
-    if FOLDER_VARIABLE in os.environ and not is_rank_zero():
-        return Run(Path(os.environ[FOLDER_VARIABLE]))
+    asked, _, decided = os.environ.get(FOLDER_VARIABLE, "").partition("\n")
+    if asked == str(folder) and not is_rank_zero():  # another one's is of a run before
+        return Run(Path(decided))
+    free = folder
     if not cfg.resume:
         taken = list(takewhile(_begun, numbered(folder)))
         restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         own = [each for each in taken if restarted and _job_of(each) == slurm_job()]
-        folder = own[-1] if own else next(islice(numbered(folder), len(taken), None))
-    run = Run(folder, _finished(cfg, folder) if _begun(folder) else None)
+        free = own[-1] if own else next(islice(numbered(folder), len(taken), None))
+    run = Run(free, _finished(cfg, free) if _begun(free) else None)
     if is_rank_zero():
-        os.environ[FOLDER_VARIABLE] = str(run.folder)
+        os.environ[FOLDER_VARIABLE] = f"{folder}\n{free}"
     return run
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Within, no other command trains in ``folder``; the first rank asks for all. UserError when one does already."""
+    lock = FileLock(folder / LOCK)
+    if is_rank_zero():
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise UserError(
+                f"{folder}: another process trains in this run folder; wait for it, or type hydra.run.dir=ANOTHER"
+            ) from None
+        except (OSError, NotImplementedError) as error:  # a file system without locks, or nothing can be written there
+            log.debug("%s is not locked: %s", folder, error)
+    try:
+        yield
+    finally:
+        lock.release()
+        if {path.name for path in folder.glob("*")} <= {LOCK}:  # an error before anything was written
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def begin(cfg: DictConfig, run: Run) -> None:

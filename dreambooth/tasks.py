@@ -28,7 +28,7 @@ from dreambooth.module import DreamBoothModule
 from dreambooth.parallel.checkpoint import Resume, same_batch
 from dreambooth.parallel.checks import check
 from dreambooth.report.overrides import record
-from dreambooth.run_folder import begin, find_run, is_rank_zero
+from dreambooth.run_folder import Run, begin, claimed, find_run, is_rank_zero
 from dreambooth.tuning.base import Tuning
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def train(cfg: DictConfig) -> RunResult:
 
 
 def _train(cfg: DictConfig) -> RunResult:
-    by_epochs = counts_epochs(cfg)
+    counts_epochs(cfg)
     run = find_run(cfg, Path(cfg.run_dir))
     if run.summary is not None:  # whatever became of its photos or its base since
         return RunResult(run.folder, run.summary)
@@ -66,6 +66,17 @@ def _train(cfg: DictConfig) -> RunResult:
         checks.resolution(grid.resolution, tuning.family.factor, "callbacks.sample_grid.resolution")
     module = make_module(cfg, tuning)
     callbacks = make_callbacks(cfg)
+    with claimed(run.folder):
+        _fit(cfg, run, module, data, callbacks)
+    path = run.folder / "summary.json"
+    return RunResult(run.folder, json.loads(path.read_text()) if path.exists() else {})
+
+
+def _fit(
+    cfg: DictConfig, run: Run, module: DreamBoothModule, data: DreamBoothDataModule, callbacks: list[pl.Callback]
+) -> None:
+    """Train to the goal, from the newest checkpoint if there is one."""
+    by_epochs = counts_epochs(cfg)
     if (kept := newest(run.folder / FOLDER, module.base)) is not None:
         callbacks.append(Resume(kept))
     trainer = make_trainer(cfg, run.folder, callbacks, max_steps=-1 if by_epochs else cfg.trainer.max_steps)
@@ -84,8 +95,6 @@ def _train(cfg: DictConfig) -> RunResult:
         trainer.fit_loop.epoch_loop.max_steps = math.ceil(cfg.trainer.max_epochs * data.epoch_size / math.prod(factors))
     fit(trainer, module, data, cfg.resume)
     trainer.strategy.barrier()  # the first rank writes the summary
-    path = run.folder / "summary.json"
-    return RunResult(run.folder, json.loads(path.read_text()) if path.exists() else {})
 
 
 def prepare(cfg: DictConfig) -> Path:
@@ -233,6 +242,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
     # Cached latents need no loader processes; and Lightning 2.6 asks torch 2.9 and later in a way that torch dislikes.
     warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck.*")
+    # Where the first step of fp16 overflows, as GradScaler finds its scale by that, there is no update before it.
+    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
     # DeepSpeed clips by itself, and Lightning warns of the hook that it never needs.
     warnings.filterwarnings("ignore", ".*Since DeepSpeed handles gradient clipping internally.*")
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*", FutureWarning)

@@ -173,6 +173,11 @@ def test_an_experiment_of_the_pocket_model_runs_with_another(name):
     assert all("_target_" in node for node in cfg.callbacks.values() if node is not None)
 
 
+def test_a_schedule_that_falls_to_more_than_the_rate_is_refused():
+    with pytest.raises(UserError, match=r"model\.learning_rate=1e-07: model\.sched\.name=polynomial falls to 1e-07"):
+        config.compose(["model.sched.name=polynomial", "model.learning_rate=1e-7"])
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "1.5"])
 def test_groups_of_ranks_are_at_least_one(value):
     with pytest.raises(UserError, match=r"trainer\.strategy\.replicate=.*: must be"):

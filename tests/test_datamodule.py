@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
+from dreambooth.data import checks
 from dreambooth.data.datamodule import DreamBoothDataModule
 from dreambooth.data.views import View, pixels
 from dreambooth.errors import UserError
@@ -210,6 +211,20 @@ def test_bad_input_is_one_line_before_anything_is_written(
         ready(tiny, photos, **change)
     assert "\n" not in str(error.value)
     assert files(tmp_path) == before
+
+
+def test_a_complete_set_may_lie_where_nobody_can_write(
+    tiny: StableDiffusion, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready(tiny, photos)
+    folders: list[Path] = []
+    monkeypatch.setattr(checks, "writable", lambda folder, key: folders.append(folder))
+    again = ready(tiny, photos)
+    assert made(again) == (0, 0)
+    assert again.classes[0].folder not in folders
+    next(again.classes[0].folder.glob("*.png")).unlink()
+    ready(tiny, photos)
+    assert again.classes[0].folder in folders
 
 
 def test_unreadable_photos_and_one_folder_for_both_are_refused(tiny: StableDiffusion, photos: Path) -> None:

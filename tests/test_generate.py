@@ -12,9 +12,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth.config import compose
 from dreambooth.errors import UserError
-from dreambooth.generation import generate, read_prompts
+from dreambooth.generation import generate
 from dreambooth.grid import LABEL_WIDTH, labelled_grid
 from dreambooth.picture_files import TEXT_CHUNK, batches_of, describe, read_settings
+from dreambooth.prompts import read_prompts
 from dreambooth.sampling import scheduler_for
 from tests.tiny import FACTOR, RESOLUTION, build_tiny_sd
 

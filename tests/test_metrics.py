@@ -23,9 +23,10 @@ from dreambooth.metrics.measure import Asked, Subject, metrics_of, table, unhear
 from dreambooth.metrics.pictures import Pictures
 from dreambooth.metrics.pocket import PocketClip, PocketLpips, PocketViT
 from dreambooth.metrics.scores import ClipI, ClipT, Copy, Dino, Div, Pres
-from dreambooth.metrics.suite import Suite, class_text
+from dreambooth.metrics.suite import Suite
 from dreambooth.metrics.tradeoff import Tradeoff
 from dreambooth.pocket import ready
+from dreambooth.prompts import without_identifier
 
 DIRECTIONS = {"red": (1.0, 0.0), "green": (0.0, 1.0), "both": (0.6, 0.8)}
 
@@ -139,13 +140,13 @@ def test_a_single_photograph_has_no_ceiling():
     assert row == {"dino": None, "clip_i": None, "div": None, "copy": None, "nearest": None}
 
 
-def test_the_class_text_leaves_out_the_rare_word_alone():
+def test_a_prompt_without_its_identifier_lacks_nothing_else():
     names = ("a photo of a sks dog", "a photo of a dog")
-    assert class_text("a photo of a sks dog on the beach", *names) == "a photo of a dog on the beach"
-    assert class_text("Sks, a dog", *names) == "a dog"
+    assert without_identifier("a photo of a sks dog on the beach", *names) == "a photo of a dog on the beach"
+    assert without_identifier("Sks, a dog", *names) == "a dog"
     marks = ("a photo of sks, a dog", "a photo of a dog")
-    assert class_text("a photo of sks, a dog on the beach", *marks) == "a photo of a dog on the beach"
-    assert class_text("a task for a dog", *names) == "a task for a dog"
+    assert without_identifier("a photo of sks, a dog on the beach", *marks) == "a photo of a dog on the beach"
+    assert without_identifier("a task for a dog", *names) == "a task for a dog"
 
 
 def test_means_and_intervals_leave_out_what_is_undefined():

@@ -72,6 +72,12 @@ def test_schedule_advances_with_the_steps(tiny_sd: Path) -> None:
     assert [row["lr"] for row in rows] == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
+def test_a_warm_up_may_be_as_long_as_the_run(tiny_sd: Path) -> None:
+    """diffusers' polynomial schedule would divide by the steps after it, behind the last one's update."""
+    _, rows = run(module_of(tiny_sd, sched=CONSTANT | {"name": "polynomial", "warmup_steps": 3}), 3, size=1)
+    assert [row["lr"] for row in rows] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3])
+
+
 def test_half_precision_masters_are_refused(tiny_sd: Path) -> None:
     with pytest.raises(UserError, match="bf16-mixed"):
         run(module_of(tiny_sd), 1, precision="bf16-true")

@@ -1,11 +1,13 @@
 """The guard against losses that are not finite."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.plugins import MixedPrecision
 
 from dreambooth.callbacks.checkpoint import Checkpoint, newest
 from dreambooth.callbacks.nan_guard import NanGuard
@@ -30,7 +32,7 @@ def test_stops_and_names_the_pictures(tiny_sd: Path, tmp_path: Path) -> None:
         )
     message = str(caught.value)
     assert "4 steps in a row" in message
-    assert "instance/3:" in message
+    assert "instance/3 for" in message
     assert "instance/2" not in message
     assert module.trainer.global_step == 4
     saved = newest(tmp_path / "checkpoints", module.base)
@@ -70,9 +72,34 @@ def test_a_run_that_was_refused_at_its_end_is_not_finished_by_typing_it_again(ti
         assert not (tmp_path / "checkpoints" / "step_000003.ckpt").exists()
 
 
+def test_gradients_that_are_no_numbers_end_a_run_whose_loss_is_fine(tiny_sd: Path) -> None:
+    module = module_of(tiny_sd)
+    before = [weight.detach().clone() for weight in module.learning()]
+    module.learning()[0].register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(UserError, match=r"^the gradients were not finite for 3 steps in a row"):
+        run(module, 8, callbacks=[NanGuard(3)])
+    assert all(torch.equal(old, new) for old, new in zip(before, module.learning(), strict=True))
+
+
+def test_a_scaler_may_look_for_its_scale_but_not_forever(tiny_sd: Path) -> None:
+    """Half precision overflows by design until the scale fits; what overflows below 1 was no matter of scale."""
+    for scale, ends in ((2.0**24, False), (2.0**3, True)):
+        module = module_of(tiny_sd)
+        module.learning()[0].register_hook(lambda gradient: gradient * torch.inf)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        more = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "callbacks": [NanGuard(3)]}
+        with pytest.raises(UserError, match="gradients were not finite") if ends else nullcontext():
+            run(module, 8, **more)
+
+
 def test_what_is_allowed_does_not_depend_on_where_a_run_went_on(tiny_sd: Path) -> None:
     """One step of a hundred may be skipped, also when it is the only one since the run was resumed."""
-    guard, module = NanGuard(4), SimpleNamespace(device="cpu", step_metrics={"loss": torch.tensor(torch.nan)})
+    guard, module = (
+        NanGuard(4),
+        SimpleNamespace(
+            device="cpu", loss_scale=None, step_metrics=dict.fromkeys(("loss", "grad_norm"), torch.tensor(torch.nan))
+        ),
+    )
     trainer: Any = SimpleNamespace(global_step=99, max_steps=100, accumulate_grad_batches=1)
     guard.on_train_start(trainer, module)  # type: ignore[arg-type]
     trainer.global_step = 100

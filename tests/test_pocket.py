@@ -9,9 +9,11 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
-from dreambooth import compose
+from dreambooth import UserError, compose
+from dreambooth.config import command_of
 from dreambooth.pocket import ENCODERS, SUBJECTS, WEIGHTS, autoencoder, encoders, eye, imagetext, judge, ready, words
 from dreambooth.pocket.backgrounds import CONTEXTS
+from dreambooth.pocket.denoiser import DenoiserStage
 from dreambooth.pocket.figures import CLASSES
 from dreambooth.pocket.pretrain import GATES, obeys, pretrain
 from dreambooth.pocket.scenes import Scenes, tensor_of, to_float
@@ -86,10 +88,11 @@ class _Line(Stage):
     def __init__(self, steps: int):
         super().__init__("line", steps, lr=0.1, seed=0)
         self.weight = torch.nn.Parameter(torch.zeros(2))
+        self.rest = torch.nn.Dropout(0.5)
 
     def loss(self, g: torch.Generator) -> torch.Tensor:
         x = torch.randn(8, generator=g)
-        return (self.weight[0] * x + self.weight[1] - 2 * x - 1).pow(2).mean()
+        return self.rest(self.weight[0] * x + self.weight[1] - 2 * x - 1).pow(2).mean()
 
 
 def test_the_rare_word_is_plain_to_the_text_tower_and_others_only_change_their_names():
@@ -113,6 +116,32 @@ def test_a_stage_goes_on_as_if_it_had_not_stopped(tmp_path):
     fit(second, tmp_path / "parts", every_n_train_steps=10)
     assert torch.equal(whole.weight, second.weight)
     assert not torch.equal(first.weight, second.weight)
+
+
+def test_the_average_of_the_denoiser_goes_on_too(tmp_path):
+    """Its step is in the checkpoint that is saved after it."""
+
+    class Killed(DenoiserStage):
+        def loss(self, g):
+            if self.global_step == 3:
+                raise RuntimeError("killed")
+            return super().loss(g)
+
+    def stage(kind=DenoiserStage):
+        torch.manual_seed(0)
+        how = {"scale": 1.0, "tokenizer": pipe.tokenizer, "text_encoder": pipe.text_encoder, "seed": 0, "steps": 4}
+        return kind(scenes, moments, batch=2, **how)
+
+    scenes, pipe = Scenes(8, "few"), DiffusionPipeline.from_pretrained(str(WEIGHTS))
+    moments = torch.randn(8, 2 * autoencoder.CHANNELS, 8, 8)
+    whole, first, second = stage(), stage(Killed), stage()
+    fit(whole, tmp_path / "whole", every_n_train_steps=1)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(first, tmp_path / "parts", every_n_train_steps=1)
+    fit(second, tmp_path / "parts", every_n_train_steps=1)
+    assert int(second.average.n_averaged) == int(whole.average.n_averaged) == 4
+    pairs = zip(whole.average.parameters(), second.average.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_what_ships_is_small_and_its_manifest_says_how_good_it_is():
@@ -184,6 +213,10 @@ def test_pretrain_makes_all_that_ships(tmp_path):
     sizes = ["pretrain.scenes=64", "pretrain.held_out=16", "pretrain.every_nth_prompt=200"]
     cfg = compose(["task=pretrain", f"pretrain.folder={tmp_path}", "pretrain.ship_anyway=true", *steps, *sizes])
     out = pretrain(cfg)
+    with pytest.raises(UserError, match=r"other settings \(pretrain\.seed 0 → 1; pretrain\.steps\.eye 2 → 3\)"):
+        pretrain(compose([*command_of(cfg).split()[1:], "pretrain.seed=1", "pretrain.steps.eye=3"]))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["command"] == command_of(cfg)
     assert sorted(path.name for path in (out / "encoders").iterdir()) == sorted(p.name for p in ENCODERS.iterdir())
     published = {str(p.relative_to(WEIGHTS)) for p in WEIGHTS.rglob("*") if p.is_file()}
     assert {str(p.relative_to(out / "base")) for p in (out / "base").rglob("*") if p.is_file()} == published

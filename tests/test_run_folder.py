@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
+from dreambooth import run_folder
 from dreambooth.errors import UserError
-from dreambooth.run_folder import FOLDER_VARIABLE, Run, find_run, is_rank_zero, open_run
+from dreambooth.run_folder import FOLDER_VARIABLE, LOCK, Run, claimed, find_run, is_rank_zero, open_run
 from dreambooth.run_id import run_id
 
 CLUSTER = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "NODE_RANK")
@@ -165,8 +167,27 @@ def test_other_ranks_write_nothing_and_follow_the_first(tmp_path: Path, monkeypa
     assert open_run(settings(resume=False), tmp_path / "run").folder.name == "run-2"
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert open_run(settings(resume=False), tmp_path / "run").folder.name == "run-2"
+    assert find_run(settings(), tmp_path / "next").folder.name == "next"  # a program's next run, or a child's first one
     monkeypatch.setenv("RANK", "0")
     assert is_rank_zero()
+
+
+def test_two_commands_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
+    run, other = tmp_path / "run", FileLock(tmp_path / "run" / LOCK)
+    with claimed(run), pytest.raises(UserError, match="another process trains in this run folder"), claimed(run):
+        pass
+    assert list(run.iterdir()) == []  # nothing began there
+    with other, pytest.raises(UserError, match=r"hydra\.run\.dir="), claimed(run):
+        pass
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with other, claimed(run):  # the first rank has it for all
+        pass
+    monkeypatch.delenv("LOCAL_RANK")
+    with claimed(run):
+        (run / "config.yaml").touch()
+    with claimed(run):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:

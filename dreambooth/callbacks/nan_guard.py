@@ -1,4 +1,4 @@
-"""Stop when the loss stops being a number."""
+"""Stop when the loss, or its gradient, stops being a number."""
 
 from collections import deque
 from typing import Any
@@ -11,9 +11,10 @@ from dreambooth.errors import UserError
 
 
 class NanGuard(pl.Callback):
-    """Ends the run after ``patience`` steps in a row with a loss that is not finite, and names their pictures.
+    """Ends the run after ``patience`` steps in a row whose loss, or its gradient, is not finite; names their pictures.
 
-    The module skips the update of such a step, so the weights stay finite. The count is kept on the device and read
+    The module skips the update of such a step, so the weights stay finite. Gradients that overflow while fp16's scale
+    is above 1 do not count: they are how GradScaler finds it. The count is kept on the device and read
     every ``patience`` steps and at the last: a GPU never waits for it, and the end comes at most as many steps later.
     A run of fewer steps than ``patience`` ends so when none of them was finite.
     """
@@ -35,7 +36,7 @@ class NanGuard(pl.Callback):
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
-        self.row = (self.row + 1) * ~pl_module.step_metrics["loss"].isfinite()
+        self.row = (self.row + 1) * _lost(pl_module)
         self.longest = torch.maximum(self.longest, self.row)
         # At the last step before its checkpoint is written: with one there, the same command would be finished.
         if (self.step - self.first) % self.patience == 0 or self.step == trainer.max_steps:
@@ -62,8 +63,17 @@ class NanGuard(pl.Callback):
             everywhere: list[list[str]] = [[]] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everywhere, names)
             names = [path for part in everywhere for path in part]
+        what = f"loss was not finite on {', '.join(sorted(set(names)))}" if names else "gradients were not finite"
+        look = "look at these pictures, " if names else ""
         raise UserError(
-            f"the loss was not finite for {int(self.longest.item())} steps in a row (now at step {self.step}), on "
-            f"{', '.join(sorted(set(names)))}: look at these pictures, lower model.optim.lr, or type "
-            "trainer.precision=32-true; the weights of the last checkpoint are finite"
+            f"the {what} for {int(self.longest.item())} steps in a row (now at step {self.step}): {look}lower "
+            "model.learning_rate, or type trainer.precision=32-true; the weights of the last checkpoint are finite"
         )
+
+
+def _lost(module: Any) -> Tensor:
+    """Whether the step made no update, and not because fp16 is still looking for its scale; on the device."""
+    loss, norm = (module.step_metrics[name].to(module.device) for name in ("loss", "grad_norm"))
+    scale = module.loss_scale
+    searching = torch.tensor(False, device=module.device) if scale is None else scale > 1
+    return ~(loss.isfinite() & (norm.isfinite() | searching))

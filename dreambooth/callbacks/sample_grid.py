@@ -16,8 +16,8 @@ from dreambooth.data.progress import progress_bar
 from dreambooth.data.sources import prompts_of_each
 from dreambooth.families.base import Family
 from dreambooth.files import atomic
-from dreambooth.generation import read_prompts
 from dreambooth.grid import labelled_grid
+from dreambooth.prompts import read_prompts
 from dreambooth.sampling import draw, picture_seed
 
 

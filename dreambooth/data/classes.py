@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth.data import regularization
+from dreambooth.data import checks, regularization
 from dreambooth.data.sources import Source
 from dreambooth.errors import about
 from dreambooth.families.base import Family
@@ -29,9 +29,12 @@ class Drawing:
     num_images_per_prompt: int
 
     def inspect(self, source: Source) -> None:
-        """Raise UserError when pictures of a class cannot be read, were drawn otherwise, or lack the model to draw."""
+        """Raise UserError when pictures of a class cannot be read, were drawn otherwise, or cannot be drawn."""
         own, drawn, _ = regularization.inspect(source.folder, self.settings(source))
-        if not self.draws_itself and regularization.plan(own, drawn, self.num_reg_images):
+        if not regularization.plan(own, drawn, self.num_reg_images):
+            return  # a set that is complete may lie where nobody can write
+        checks.writable(source.folder, source.key)
+        if not self.draws_itself:
             with about(f"model.restore_from_path={self.restore_from_path}"):
                 read_json(locate(str(self.restore_from_path)) / INDEX)
 

@@ -115,7 +115,6 @@ class DreamBoothDataModule(pl.LightningDataModule):
             return
         for instance in self.instances:
             checks.apart(source.folder, instance.folder, source.key)
-        checks.writable(source.folder, source.key)
         self.drawing.inspect(source)
 
     @watched

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth.config import phrase, slug
+from dreambooth.config import slug
 from dreambooth.errors import UserError
+from dreambooth.prompts import rephrase
 
 INSTANCE, REGULARIZATION = "instance", "regularization"
 CACHE_KEYS = {INSTANCE: "model.data.cached_instance_dir", REGULARIZATION: "model.data.cached_reg_dir"}
@@ -47,9 +48,9 @@ def prompts_of_each(prompts: Sequence[str], subjects: Sequence[Mapping[str, Any]
 
 def _in_words_of(other: Mapping[str, Any], prompt: str, first: Mapping[str, Any]) -> str:
     for key in ("instance_prompt", "regularization_prompt"):
-        for words in (str, phrase):
-            if first.get(key) and words(first[key]) in prompt:
-                return prompt.replace(words(first[key]), words(other.get(key) or first[key]))
+        found = rephrase(prompt, first[key], other.get(key) or first[key]) if first.get(key) else None
+        if found is not None:
+            return found
     return prompt
 
 

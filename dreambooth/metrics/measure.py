@@ -10,14 +10,13 @@ from typing import Any
 from omegaconf import DictConfig
 from PIL import Image
 
-from dreambooth.config import phrase
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, distinct_names, list_pictures, open_picture
-from dreambooth.generation import read_prompts
 from dreambooth.metrics.intervals import mean
 from dreambooth.metrics.pictures import Pictures
-from dreambooth.metrics.suite import Row, Suite, class_text
+from dreambooth.metrics.suite import Row, Suite
 from dreambooth.picture_files import Settings, describe, numbered_paths
+from dreambooth.prompts import phrase, read_prompts, rephrase, without_identifier
 
 SETS = ("before", "after", "real")
 
@@ -62,19 +61,17 @@ class Subject:
 
     def text(self, prompt: str, kind: str) -> str:
         """What CLIP-T compares with: the prompt, without its rare words where ``kind`` is "class"."""
-        return class_text(prompt, self.instance_prompt, self.class_prompt) if kind == "class" else prompt
+        return without_identifier(prompt, self.instance_prompt, self.class_prompt) if kind == "class" else prompt
 
 
 def _in_words_of(prompt: str, old: str, new: str, key: str) -> str:
-    if old == new:
-        return prompt
-    for words in (str, phrase):
-        if words(old) in prompt:
-            return prompt.replace(words(old), words(new))
-    raise UserError(
-        f"{key}: '{prompt}' lacks '{phrase(old)}', in whose place the words of the other subjects are put; type it "
-        "there"
-    )
+    found = prompt if old == new else rephrase(prompt, old, new)
+    if found is None:
+        raise UserError(
+            f"{key}: '{prompt}' lacks '{phrase(old)}', in whose place the words of the other subjects are put; type it "
+            "there"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import torch
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.pictures import Pictures
 from dreambooth.metrics.scores import ClipT, Score
-from dreambooth.rare_words import MARKS
 
 Row = dict[str, Any]
 
@@ -89,14 +88,3 @@ class Suite:
 def _fill(table: list[Row], name: str, values: Sequence[float | None]) -> None:
     for row, value in zip(table, values, strict=True):
         row[name] = value if value == value else None  # JSON has no NaN
-
-
-def class_text(prompt: str, instance_prompt: str, class_prompt: str) -> str:
-    """The prompt without its rare words: those of the instance prompt that the class prompt lacks."""
-    rare = _bare(instance_prompt) - _bare(class_prompt)
-    return " ".join(word for word in prompt.split() if not _bare(word) & rare)
-
-
-def _bare(text: str) -> set[str]:
-    """The words of a text, small and without the marks around them."""
-    return {word.strip(MARKS) for word in text.lower().split()}

@@ -4,6 +4,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from dreambooth.data.progress import progress_bar
 from dreambooth.pocket.scenes import Scenes, to_float
 from dreambooth.pocket.stage import Stage
 
@@ -72,9 +73,11 @@ class DecoderStage(Stage):
 def moments_of(model: AutoencoderKL, pixels: Tensor, batch: int = 200) -> Tensor:
     """(N, 2C, 8, 8) float16 means and log-variances of uint8 pixels (N, 3, 64, 64)."""
     parts = []
-    for part in pixels.split(batch):
-        posterior = model.encode(to_float(part)).latent_dist
-        parts.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half())
+    with progress_bar(len(pixels), "encoding scenes", "scene") as bar:
+        for part in pixels.split(batch):
+            posterior = model.encode(to_float(part)).latent_dist
+            parts.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half())
+            bar.update(len(part))
     return torch.cat(parts)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dreambooth.data.progress import progress_bar
 from dreambooth.noise import generator, stratified
 from dreambooth.objective import Diffusion
 from dreambooth.pocket.autoencoder import CHANNELS, sample
@@ -101,8 +102,9 @@ class DenoiserStage(Stage):
         predicted = self.model(noisy, t, encoder_hidden_states=cond, return_dict=False)[0]
         return self.objective.loss(predicted, latents.to(self.device), noise.to(self.device), t, min_snr).mean()
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.average.update_parameters(self.model)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.average.update_parameters(self.model)  # before the callbacks, one of which saves it
 
 
 def pipeline(
@@ -133,9 +135,11 @@ def draw_prompts(
     """One picture a prompt: float pixels (N, 3, 64, 64) in [-1, 1]; noise follows from (seed, place in the list)."""
     pipe.set_progress_bar_config(disable=True)
     parts = []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        generators = [generator(seed, start + i, "draw") for i in range(len(part))]
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
-        parts.append(pipe(part, generator=generators, **options).images)
+    with progress_bar(len(prompts), "drawing prompts", "picture") as bar:
+        for start in range(0, len(prompts), batch):
+            part = prompts[start : start + batch]
+            generators = [generator(seed, start + i, "draw") for i in range(len(part))]
+            options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+            parts.append(pipe(part, generator=generators, **options).images)
+            bar.update(len(part))
     return torch.cat(parts) * 2 - 1

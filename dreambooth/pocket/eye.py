@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from dreambooth.data.progress import progress_bar
 from dreambooth.noise import seed_of
 from dreambooth.pocket.backgrounds import CONTEXTS
 from dreambooth.pocket.figures import CLASSES
@@ -30,11 +31,14 @@ def individuals(count: int, views: int, seed: int | str) -> Tensor:
     """(N, views, 3, 64, 64) uint8: random individuals, each in several places. Row i is of class i % 8."""
     rows = []
     nouns = tuple(CLASSES)
-    for i in range(count):
-        rng = Random(seed_of(seed, i, "individual"))
-        figure = random_figure(rng, noun=nouns[i % len(nouns)])
-        places = [rng.choice(tuple(CONTEXTS)) for _ in range(views)]
-        rows.append(torch.stack([tensor_of(draw(place(figure, where, rng.randrange(1 << 31)))) for where in places]))
+    with progress_bar(count, "drawing individuals", "individual") as bar:
+        for i in range(count):
+            rng = Random(seed_of(seed, i, "individual"))
+            figure = random_figure(rng, noun=nouns[i % len(nouns)])
+            places = [rng.choice(tuple(CONTEXTS)) for _ in range(views)]
+            scenes = [place(figure, where, rng.randrange(1 << 31)) for where in places]
+            rows.append(torch.stack([tensor_of(draw(scene)) for scene in scenes]))
+            bar.update()
     return torch.stack(rows)
 
 

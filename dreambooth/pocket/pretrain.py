@@ -5,6 +5,7 @@ Each gate trains (going on where a killed run stopped), is measured, and prints 
 
 import json
 import logging
+import subprocess
 import tempfile
 from collections.abc import Callable
 from itertools import product
@@ -20,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dreambooth.config import CONF, command_of
 from dreambooth.errors import UserError
 from dreambooth.families.folder import quiet
 from dreambooth.families.sd import StableDiffusion
@@ -30,6 +32,7 @@ from dreambooth.pocket.backgrounds import CONTEXTS
 from dreambooth.pocket.scenes import HUES, NOUNS, PLACES, Scenes, tensor_of, to_float
 from dreambooth.pocket.stage import Stage, fit
 from dreambooth.pocket.world import RICH, draw, place, random_figure
+from dreambooth.run_folder import flatten
 
 log = logging.getLogger(__name__)
 StageT = TypeVar("StageT", bound=Stage)
@@ -159,8 +162,35 @@ def obeys(
     return judge.shares(judge.verdicts(referee, pixels), torch.tensor(wanted)), pixels
 
 
+def _begin(settings: DictConfig) -> None:
+    """Keep what decides the weights beside the checkpoints; UserError where these are of other settings."""
+    path = Path(settings.folder).expanduser() / "settings.json"
+    names = ("seed", "scenes", "held_out", "steps")
+    own: Any = {name: value for name, value in OmegaConf.to_container(settings).items() if name in names}  # type: ignore
+    before, now = flatten(json.loads(path.read_text()) if path.exists() else own), flatten(own)
+    other = "; ".join(f"pretrain.{key} {before[key]} → {value}" for key, value in now.items() if before[key] != value)
+    if other:
+        raise UserError(
+            f"pretrain.folder={settings.folder} holds a pretraining with other settings ({other}): type the old values "
+            "to go on with it, or pretrain.folder=ANOTHER_FOLDER"
+        )
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(own, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this is; None of an installed package, or without git."""
+    if not (CONF.parent / ".git").exists():
+        return None
+    try:
+        asked = ["git", "-C", str(CONF.parent), "rev-parse", "HEAD"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def _ship(
-    world: _World, pipe: StableDiffusionPipeline, networks: dict[str, nn.Module], folder: Path, command: str
+    world: _World, pipe: StableDiffusionPipeline, networks: dict[str, nn.Module], folder: Path, command: str | None
 ) -> None:
     with tempfile.TemporaryDirectory(dir=world.folder) as temporary:
         with quiet():
@@ -172,6 +202,7 @@ def _ship(
         encoders.save(model, name, folder / "encoders")
     manifest = {
         "command": command,
+        "commit": _commit(),
         "seed": world.seed,
         "scenes": len(world.train),
         "steps": OmegaConf.to_container(world.steps),
@@ -186,9 +217,11 @@ def pretrain(cfg: DictConfig) -> Path:
     """Train every gate in order and write ``pretrain.out_path``: base/, encoders/, manifest.json.
 
     Raises:
-        UserError: a gate was not reached; what was made stays in ``pretrain.folder`` and nothing is shipped.
+        UserError: a gate was not reached, and what was made stays in ``pretrain.folder``, nothing is shipped; or what
+            lies there is of other settings.
     """
     settings = cfg.pretrain
+    _begin(settings)
     world = _World(settings, settings.seed)
     tokenizer = words.kept(world.folder / "tokenizer")
     referee = judge_gate(world)
@@ -204,6 +237,6 @@ def pretrain(cfg: DictConfig) -> Path:
             f"gates not reached: {', '.join(missed)}; raise pretrain.steps or set pretrain.ship_anyway=true"
         )
     out_path = Path(settings.out_path).expanduser()
-    _ship(world, pipe, {"imagetext": clip, "eye": vit, "judge": referee}, out_path, "dreambooth task=pretrain")
+    _ship(world, pipe, {"imagetext": clip, "eye": vit, "judge": referee}, out_path, command_of(cfg))
     ready.write(out_path.parent / "subjects")
     return out_path

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dreambooth.data.progress import progress_bar
 from dreambooth.noise import seed_of
 from dreambooth.pocket.backgrounds import CONTEXTS
 from dreambooth.pocket.figures import CLASSES
@@ -54,8 +55,10 @@ class Scenes:
 
     def _draw(self) -> Tensor:
         pixels = torch.empty(len(self), 3, SIZE, SIZE, dtype=torch.uint8)
-        for i, scene in enumerate(self.scenes):
-            pixels[i] = tensor_of(draw(scene))
+        with progress_bar(len(self), "drawing scenes", "scene") as bar:
+            for i, scene in enumerate(self.scenes):
+                pixels[i] = tensor_of(draw(scene))
+                bar.update()
         return pixels
 
     @cached_property

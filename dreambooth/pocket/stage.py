@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dreambooth.callbacks.progress import Progress
 from dreambooth.files import atomic
-from dreambooth.noise import generator
+from dreambooth.noise import generator, seed_of
 from dreambooth.tasks import quieten
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Stage(pl.LightningModule, ABC):
         """The scalar loss of a batch that is drawn with ``g``."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        torch.manual_seed(seed_of(self.seed, self.global_step, self.name, "dropout"))
         return self.loss(generator(self.seed, self.global_step, self.name))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dreambooth.errors import UserError
 from dreambooth.families.base import ADDED, Family
-from dreambooth.rare_words import MARKS, rare_word
+from dreambooth.prompts import MARKS, identifier_of
 from dreambooth.tuning.base import TEXT
 
 FILE = "learned_embeds.safetensors"  # the name by which diffusers' load_textual_inversion looks in a folder
@@ -78,7 +78,7 @@ class Word:
             raise UserError(
                 f"{family.source} has {len(encoders)} text encoders, a new word takes one: model/tuning=lora"
             )
-        self.family, self.name = family, placeholder_token or rare_word(instance_prompt, class_prompt)
+        self.family, self.name = family, placeholder_token or identifier_of(instance_prompt, class_prompt)
         if self.name not in instance_prompt:
             raise UserError(
                 f"model.tuning.placeholder_token={self.name}: model.data.instance_prompt '{instance_prompt}' "
