@@ -34,8 +34,8 @@ class FlowMatching(Objective):
         std: float = 1.0,
         shift: float = 1.0,
     ):
-        self.count, self.loss_of, self.timesteps, self.mean, self.std = count, loss, timesteps, mean, std
-        self.shift = shift
+        self.num_train_timesteps, self.elementwise_loss = count, loss
+        self.timesteps, self.mean, self.std, self.shift = timesteps, mean, std, shift
 
     @classmethod
     def from_scheduler(
@@ -59,7 +59,8 @@ class FlowMatching(Objective):
         """By the density of ``timesteps``, then shifted; float in [1, T]."""
         s = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)) if self.timesteps == "logit_normal" else u
         s = self.shift * s / (1 + (self.shift - 1) * s)
-        return s.clamp(1 / self.count, 1) * self.count  # without any noise there is nothing to learn
+        steps = self.num_train_timesteps
+        return s.clamp(1 / steps, 1) * steps  # without any noise there is nothing to learn
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         s = self._sigma(t).view(-1, *[1] * (x0.dim() - 1))
@@ -74,8 +75,8 @@ class FlowMatching(Objective):
         s = self._sigma(t)
         return ((1 - s) / s).square()
 
-    def x0_weight(self, snr: Tensor) -> Tensor:
+    def target_to_x0_ratio(self, snr: Tensor) -> Tensor:
         return (1 + snr.sqrt()).square()
 
     def _sigma(self, t: Tensor) -> Tensor:
-        return t.float() / self.count
+        return t.float() / self.num_train_timesteps

@@ -64,14 +64,14 @@ class DreamBoothModule(pl.LightningModule):
         noise_offset: float = 0.0,
         gradient_checkpointing: bool = False,
         seed: int = 1234,
-        prior: str = "images",
+        teacher: bool = False,
     ) -> None:
         super().__init__()
         self.family, self.objective, self.weighting = family, objective, weighting
         self.tuning, self.learned = tuning, tuning.learned
         self.resting = Reader(family)  # of a text encoder that learns no longer
         self.stopped_at: int | None = None  # the step before which the text encoder was frozen
-        self.teacher = Teacher(tuning) if prior == "teacher" else None
+        self.teacher = Teacher(tuning) if teacher else None
         self.optim, self.sched = optim, sched
         self.prior_loss_weight, self.noise_offset, self.seed = prior_loss_weight, noise_offset, seed
         self.base = family.fingerprint()
@@ -100,7 +100,7 @@ class DreamBoothModule(pl.LightningModule):
             target = self.teacher(batch, x_t, t, target)
         cond = batch["cond"] if "cond" in batch else self.read(batch["prompts"])
         pred = self.family.denoise(x_t, t, cond)
-        per_example = self.objective.loss(pred, x0, noise, t, self.weighting, target, batch.get("mask"))
+        per_example = self.objective.loss(pred, target, t, self.weighting, batch.get("mask"))
         loss, instance, prior = prior_loss(per_example, batch["is_prior"], self.prior_loss_weight)
         self._losses.append(torch.stack([loss, instance, prior]).detach())
         self._quarters.append(self.objective.by_quarter(per_example.detach(), t))

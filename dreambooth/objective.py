@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # see losses.py
 
 # What a weight of the x0 loss is divided by for the loss of each target, given the signal-to-noise ratio:
 # |eps - eps'|^2 = snr |x0 - x0'|^2 and |v - v'|^2 = (snr + 1) |x0 - x0'|^2 (Salimans and Ho 2022, section 4).
-X0_WEIGHTS: dict[str, Weighting] = {
+TARGET_TO_X0: dict[str, Weighting] = {
     "epsilon": lambda snr: snr,
     "v_prediction": lambda snr: snr + 1,
     "sample": torch.ones_like,
@@ -24,13 +24,13 @@ X0_WEIGHTS: dict[str, Weighting] = {
 
 
 class Objective(ABC):
-    """A noise process: what a network sees of x0 (B, ...) at time steps t (B,) in [0, ``count``], and what it owes.
+    """A noise process: what a network sees of x0 (B, ...) at time steps t (B,), and what it owes.
 
-    ``scheduler`` of diffusers draws with what was learned; None where nobody draws.
+    t is in [0, ``num_train_timesteps``]. ``scheduler`` of diffusers draws with what was learned; None: nobody draws.
     """
 
-    count: int
-    loss_of: Loss
+    num_train_timesteps: int
+    elementwise_loss: Loss
     scheduler: Any = None
 
     @abstractmethod
@@ -50,34 +50,31 @@ class Objective(ABC):
         """The signal-to-noise ratio at ``t`` (B,)."""
 
     @abstractmethod
-    def x0_weight(self, snr: Tensor) -> Tensor:
+    def target_to_x0_ratio(self, snr: Tensor) -> Tensor:
         """How many times as large the target's squared error is as that of x0, given the ratio (B,)."""
 
     def loss(
         self,
         pred: Tensor,
-        x0: Tensor,
-        noise: Tensor,
+        target: Tensor,
         t: Tensor,
         weighting: Weighting | None = None,
-        target: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The mean loss over each example, (B,) float32, times its weight (None: 1).
+        """The mean loss over each example of ``pred`` against ``target`` (B, ...), (B,) float32, times its weight.
 
-        ``target`` (B, ...) stands in the place of what x0 and the noise make the network's goal. ``mask`` (B, 1, h, w)
-        weighs the latent cells; its mean over an example is 1 (``data.masks``).
+        ``weighting`` None is the weight 1. ``mask`` (B, 1, h, w) weighs the latent cells; its mean over an example is 1
+        (``data.masks``).
         """
-        target = self.target(x0, noise, t) if target is None else target
         difference = pred.float() - target.float()
         snr = self.snr(t).clamp(min=2**-24)  # pure noise would give 0 / 0
-        errors = self.loss_of(difference, snr.view(-1, *[1] * (difference.dim() - 1)))
+        errors = self.elementwise_loss(difference, snr.view(-1, *[1] * (difference.dim() - 1)))
         loss = (errors if mask is None else errors * mask).flatten(1).mean(1)
-        return loss if weighting is None else loss * weighting(snr) / self.x0_weight(snr)
+        return loss if weighting is None else loss * weighting(snr) / self.target_to_x0_ratio(snr)
 
     def by_quarter(self, per_example: Tensor, t: Tensor) -> Tensor:
         """(2, 4): sum and count of ``per_example`` (B,) in each quarter of the time steps, least noise first."""
-        quarter = (t * 4 // self.count).clamp(max=3)
+        quarter = (t * 4 // self.num_train_timesteps).clamp(max=3)
         found = quarter[:, None] == torch.arange(4, device=t.device)
         return torch.stack([torch.where(found, per_example[:, None], 0.0).sum(0), found.sum(0).to(per_example)])
 
@@ -86,10 +83,10 @@ class Diffusion(Objective):
     """x_t = sqrt(a) x0 + sqrt(1 - a) noise at T noise levels a = ``alphas_cumprod`` (T,) (Ho et al. 2020, eq. 4)."""
 
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str, loss: Loss = mse):
-        if prediction_type not in X0_WEIGHTS:
+        if prediction_type not in TARGET_TO_X0:
             raise UserError(
                 f"prediction_type '{prediction_type}' in the model's scheduler_config.json is not known: "
-                f"one of {', '.join(X0_WEIGHTS)}"
+                f"one of {', '.join(TARGET_TO_X0)}"
             )
         if prediction_type == "epsilon" and alphas_cumprod[-1] < 1e-6:
             raise UserError(
@@ -97,7 +94,8 @@ class Diffusion(Objective):
                 "type model.objective.rescale_zero_terminal_snr=false, or name a model that predicts v"
             )
         self.alphas_cumprod = alphas_cumprod.float()
-        self.prediction_type, self.count, self.loss_of = prediction_type, len(alphas_cumprod), loss
+        self.num_train_timesteps, self.elementwise_loss = len(alphas_cumprod), loss
+        self.prediction_type = prediction_type
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, loss: Loss = mse, rescale_zero_terminal_snr: bool = False) -> "Diffusion":
@@ -117,7 +115,7 @@ class Diffusion(Objective):
 
     def sample_t(self, u: Tensor) -> Tensor:
         """Each of the T time steps alike, int64 in [0, T)."""
-        return (u * self.count).long().clamp(max=self.count - 1)
+        return (u * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         signal, sigma = self._levels(x0, t)
@@ -137,13 +135,12 @@ class Diffusion(Objective):
         a = self._alpha(t)
         return a / (1 - a)
 
-    def x0_weight(self, snr: Tensor) -> Tensor:
-        return X0_WEIGHTS[self.prediction_type](snr)
+    def target_to_x0_ratio(self, snr: Tensor) -> Tensor:
+        return TARGET_TO_X0[self.prediction_type](snr)
 
     def _alpha(self, t: Tensor) -> Tensor:
-        self.alphas_cumprod = self.alphas_cumprod.to(
-            t.device
-        )  # copied once: an accelerator would wait for it each step
+        # Copied once: an accelerator would wait for it each step.
+        self.alphas_cumprod = self.alphas_cumprod.to(t.device)
         return self.alphas_cumprod[t]
 
     def _levels(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,7 @@ def prepare_data(cfg: DictConfig) -> tuple[Tuning, DreamBoothDataModule]:
 
 
 def make_module(cfg: DictConfig, tuning: Tuning) -> DreamBoothModule:
-    """How it learns."""
+    """The training step of these settings, around what ``tuning`` lets learn."""
     model, family = cfg.model, tuning.family
     return DreamBoothModule(
         family,
@@ -133,11 +133,11 @@ def make_module(cfg: DictConfig, tuning: Tuning) -> DreamBoothModule:
         build(model.weighting),
         build(model.optim),
         dict(model.sched),
-        model.prior_loss_weight,
-        model.noise_offset,
-        model.gradient_checkpointing,
-        cfg.seed,
-        model.prior if model.with_prior_preservation else "images",
+        prior_loss_weight=model.prior_loss_weight,
+        noise_offset=model.noise_offset,
+        gradient_checkpointing=model.gradient_checkpointing,
+        seed=cfg.seed,
+        teacher=model.with_prior_preservation and model.prior == "teacher",
     )
 
 

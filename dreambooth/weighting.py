@@ -1,6 +1,6 @@
 """How much each noise level counts: functions of the signal-to-noise ratio, written once for the x0 loss.
 
-The objective divides by what its own target needs (``X0_WEIGHTS`` in objective.py), so that a function here means the
+The objective divides by what its own target needs (``TARGET_TO_X0`` in objective.py), so that a function here means the
 same for every prediction type.
 """
 

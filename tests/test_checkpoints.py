@@ -54,7 +54,7 @@ def one_step(family: StableDiffusion) -> tuple[float, float]:
 
     def loss() -> torch.Tensor:
         pred = family.denoise(objective.add_noise(x0, noise, t), t, cond)
-        return objective.loss(pred, x0, noise, t).mean()
+        return objective.loss(pred, objective.target(x0, noise, t), t).mean()
 
     before = loss()
     before.backward()

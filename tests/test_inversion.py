@@ -108,7 +108,7 @@ def test_every_way(name: str, prior: bool, cached: bool, tiny_sd: Path, photos: 
 
 def test_a_teacher_knows_neither_word_nor_adapter(tiny_sd: Path) -> None:
     """Also where the prompt of the class has the word, which the base spells as it always did."""
-    module = module_of(tiny_sd, tuning=partial(tuned, way="pivotal"), optim=PLAIN, prior="teacher")
+    module = module_of(tiny_sd, tuning=partial(tuned, way="pivotal"), optim=PLAIN, teacher=True)
     _, rows = run(module, 3)
     assert rows[0]["prior_loss"] == pytest.approx(0, abs=1e-10)
     assert all(0 < row["prior_loss"] < 1 for row in rows[1:])

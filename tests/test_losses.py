@@ -47,5 +47,6 @@ def test_the_objective_takes_the_mean_of_an_example_then_its_weight(loss):
     objective = Diffusion.from_scheduler(scheduler, partial(loss, delta=0.3))
     snr = objective.snr(t)
     each = torch.stack([loss(pred[k] - noise[k], snr[k], 0.3).mean() for k in range(6)])
-    torch.testing.assert_close(objective.loss(pred, x0, noise, t), each)
-    torch.testing.assert_close(objective.loss(pred, x0, noise, t, min_snr), each * snr.clamp(max=5) / snr)
+    target = objective.target(x0, noise, t)
+    torch.testing.assert_close(objective.loss(pred, target, t), each)
+    torch.testing.assert_close(objective.loss(pred, target, t, min_snr), each * snr.clamp(max=5) / snr)

@@ -74,14 +74,13 @@ def test_a_weight_means_the_same_for_every_target(kind, weight):
         objective.alphas_cumprod = objective.alphas_cumprod.double()
     t = objective.sample_t(torch.rand(64, generator=g))
     pred = guessed(objective, x0, x0 + 0.1 * error, noise, t)
-    loss = objective.loss(pred, x0, noise, t, weight)
+    target = objective.target(x0, noise, t)
+    loss = objective.loss(pred, target, t, weight)
     expected = weight(objective.snr(t)) * (0.1 * error).square().mean((1, 2, 3))
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-3, atol=1e-6)
     is_prior = torch.rand(64, generator=g) < 0.4
     total, instance, prior = prior_loss(loss, is_prior, 0.7)
-    alone = [
-        objective.loss(pred[role], x0[role], noise[role], t[role], weight).mean() for role in (~is_prior, is_prior)
-    ]
+    alone = [objective.loss(pred[role], target[role], t[role], weight).mean() for role in (~is_prior, is_prior)]
     torch.testing.assert_close((instance, prior), tuple(alone))
     torch.testing.assert_close(total, alone[0] + 0.7 * alone[1])
 
@@ -90,14 +89,15 @@ def test_a_blend_reaches_from_the_loss_of_the_noise_to_that_of_v(pair):
     x0, noise = pair
     for prediction_type, share in (("epsilon", 0.0), ("v_prediction", 1.0)):
         objective = Diffusion.from_scheduler(DDPMScheduler(**SD, prediction_type=prediction_type))
-        plain = objective.loss(0.9 * noise, x0, noise, T, None)
-        torch.testing.assert_close(objective.loss(0.9 * noise, x0, noise, T, partial(blend, x0=share)), plain)
+        target = objective.target(x0, noise, T)
+        plain = objective.loss(0.9 * noise, target, T)
+        torch.testing.assert_close(objective.loss(0.9 * noise, target, T, partial(blend, x0=share)), plain)
 
 
 def test_loss_without_weight_is_the_mean_squared_error_in_float32(pair):
-    x0, noise = pair
+    _, noise = pair
     pred = (noise * 0.9).bfloat16()
-    loss = Diffusion.from_scheduler(DDPMScheduler(**SD)).loss(pred, x0, noise, T, None)
+    loss = Diffusion.from_scheduler(DDPMScheduler(**SD)).loss(pred, noise, T)
     assert loss.shape == (len(T),)
     assert loss.dtype == torch.float32
     expected = torch.nn.functional.mse_loss(pred.float(), noise, reduction="none").mean((1, 2, 3))
@@ -110,7 +110,8 @@ def test_zero_terminal_snr_gives_finite_weights(pair):
     objective = Diffusion.from_scheduler(scheduler)
     assert objective.snr(torch.tensor([999])) < 1e-6
     for kind in ("v_prediction", "sample"):
-        loss = Diffusion(objective.alphas_cumprod, kind).loss(x0, x0, noise, T, lambda snr: snr.clamp(max=5))
+        other = Diffusion(objective.alphas_cumprod, kind)
+        loss = other.loss(x0, other.target(x0, noise, T), T, lambda snr: snr.clamp(max=5))
         assert loss.isfinite().all()
 
 

@@ -291,7 +291,7 @@ def test_dropout_of_an_adapter_is_a_function_of_the_step(tiny_sd: Path, tmp_path
 def test_a_teacher_instead_of_pictures(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     """The class is asked for what the untouched base predicts of its prompt; resume is exact."""
     tuning, text = TUNINGS[name]
-    make = partial(module_of, tiny_sd, tuning=tuning, text=text, optim=PLAIN, prior="teacher")
+    make = partial(module_of, tiny_sd, tuning=tuning, text=text, optim=PLAIN, teacher=True)
     module = make()
     calls: list[pl.Callback] = [Checkpoint(1, -1)]
     _, rows = run(module, 3, callbacks=calls, default_root_dir=tmp_path)
@@ -336,7 +336,7 @@ def test_two_ranks_stop_the_text_encoder_together(tiny_sd: Path, tmp_path: Path)
     program = [sys.executable, "-m", "tests.tuning_ranks", str(tiny_sd), str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     subprocess.run(program, cwd=ROOT, env=env, check=True, timeout=120)
-    one = module_of(tiny_sd, tuning=partial(LORA, stop_text_encoder_at=2), text=True, prior="teacher")
+    one = module_of(tiny_sd, tuning=partial(LORA, stop_text_encoder_at=2), text=True, teacher=True)
     _, rows = run(one, 4, size=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["losses"] == pytest.approx([row["loss"] for row in rows], rel=1e-4)

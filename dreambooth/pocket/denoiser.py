@@ -97,10 +97,10 @@ class DenoiserStage(Stage):
         text[torch.rand(self.batch, generator=g) < 0.1] = 0
         noise = torch.randn(latents.shape, generator=g)
         t = self.objective.sample_t(stratified(self.batch, self.seed, self.global_step, "timestep"))
-        noisy = self.objective.add_noise(latents, noise, t)
+        noisy, target = self.objective.add_noise(latents, noise, t), self.objective.target(latents, noise, t)
         noisy, t, cond = noisy.to(self.device), t.to(self.device), self.embeddings[text].to(self.device)
         predicted = self.model(noisy, t, encoder_hidden_states=cond, return_dict=False)[0]
-        return self.objective.loss(predicted, latents.to(self.device), noise.to(self.device), t, min_snr).mean()
+        return self.objective.loss(predicted, target.to(self.device), t, min_snr).mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
