@@ -18,19 +18,8 @@ from dreambooth.errors import UserError
 from dreambooth.nearest import nearest
 from dreambooth.run_folder import is_rank_zero
 from dreambooth.sweep import Outcome, is_sweep, refuse, submission
+from dreambooth.task_table import TASKS
 
-TASKS: dict[str, str] = {
-    "prepare": "dreambooth.tasks:prepare",
-    "train": "dreambooth.tasks:train",
-    "generate": "dreambooth.generation:generate",
-    "evaluate": "dreambooth.evaluation:evaluate",
-    "export": "dreambooth.parallel.export:export",
-    "benchmark": "dreambooth.benchmark.task:benchmark",
-    "identifier": "dreambooth.identifier:identifier",
-    "report": "dreambooth.report.task:report",
-    "shard": "dreambooth.sharding:shard",
-    "pretrain": "dreambooth.pocket.pretrain:pretrain",
-}
 # Hydra's flags that the next word belongs to.
 VALUED = (
     "--cfg",
@@ -129,7 +118,7 @@ def _refuse_others(arguments: list[str]) -> None:
 def _task(name: str) -> Callable[[DictConfig], Any]:
     if name not in TASKS:
         raise UserError(f"task={name}: there is no such task{nearest(name, TASKS)}")
-    module, function = TASKS[name].split(":")
+    module, function = TASKS[name].function.split(":")
     return getattr(import_module(module), function)
 
 

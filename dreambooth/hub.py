@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
+from dreambooth.task_table import task_of
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 INDEX = "model_index.json"
-TASKS = ("train", "prepare", "benchmark")
 PATIENCE = 10  # seconds that the hub has for an answer
 
 
@@ -23,7 +23,7 @@ def check(cfg: Any) -> None:
     ``model.restore_from_path`` is not asked for: it is read only while regularization pictures are missing.
     """
     source, revision = str(cfg.model.from_pretrained), cfg.model.revision
-    if cfg.task not in TASKS or source == "pocket" or Path(source).expanduser().is_dir():
+    if not task_of(cfg.task).loads_base or source == "pocket" or Path(source).expanduser().is_dir():
         return
     if not HUB_ID.fullmatch(source):
         raise UserError(absent(source))

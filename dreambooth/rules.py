@@ -8,6 +8,7 @@ from dreambooth import conflicts
 from dreambooth.conflicts import TEXT_OR_LIST
 from dreambooth.errors import UserError
 from dreambooth.nearest import nearest, nearest_key
+from dreambooth.task_table import task_of
 from dreambooth.values import ANYTHING, CHOICES, KINDS, NULLABLE, ONE_OR_MANY, RANGES
 
 MISSING = "???"
@@ -36,11 +37,10 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
         if value == "" and PATHS.fullmatch(key):
             raise UserError(f"{key} is empty; type a name, or leave it out")
     conflicts.check(values)
-    benchmarked = values["task"] == "benchmark"
-    if values["task"] in ("train", "prepare") or benchmarked:
-        for key, value in values.items():
-            if value == MISSING and key.startswith("benchmark.") == benchmarked:
-                raise UserError(f"{key} is not set; type {key}=..., or take the shipped subject with model=pocket")
+    required = task_of(values["task"]).required
+    for key, value in values.items() if required else ():
+        if value == MISSING and key.startswith(f"{required}."):
+            raise UserError(f"{key} is not set; type {key}=..., or take the shipped subject with model=pocket")
 
 
 def check_nodes(tree: Mapping[str, Any], cards: Mapping[str, Any]) -> None:

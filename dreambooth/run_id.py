@@ -8,18 +8,14 @@ import os
 import re
 from fnmatch import fnmatchcase
 
+from dreambooth.task_table import TASKS
+
 # Settings (patterns on "key=value") that leave the trained weights and the pictures as they are: how the command is
 # run, where copies are kept, what is shown meanwhile. `task` and `infer` are among them, so that `task=generate` added
 # to a training command means the folder of that training. Devices and precision change the bits and are not.
 IRRELEVANT = (
-    "task=train",
-    "task=prepare",
-    "task=generate",
-    "task=evaluate",
-    "task=export",
-    "task=identifier",
+    *(f"task={name}" for name, task in TASKS.items() if not task.own_run),
     "identifier.*",
-    "task=report",
     "name=*",
     "resume=*",
     "hydra.*",
@@ -34,7 +30,6 @@ IRRELEVANT = (
     "report.*",
     "logger.*",
     "logger=*",
-    "task=shard",
     "shard.*",
     "shard=*",
     "report=*",

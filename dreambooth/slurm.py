@@ -14,6 +14,7 @@ from typing import Any
 from dreambooth.errors import UserError
 from dreambooth.run_folder import is_rank_zero
 from dreambooth.run_id import slurm_job
+from dreambooth.task_table import task_of
 
 log = logging.getLogger(__name__)
 # "Go on later": USR1 is what docs/slurm.md has sbatch send, USR2 what submitit does. TERM is not among them: scancel
@@ -134,7 +135,7 @@ def requeued(wanted: bool) -> Iterator[None]:
 def check(cfg: Any) -> None:
     """Raise UserError when the trainer wants other processes than SLURM started; Lightning would wait for the rest."""
     env = os.environ
-    if not launched_by_srun() or "TORCHELASTIC_RUN_ID" in env or cfg.task not in ("train", "prepare"):
+    if not launched_by_srun() or "TORCHELASTIC_RUN_ID" in env or not task_of(cfg.task).distributed:
         return
     tasks, nodes = int(env["SLURM_NTASKS"]), env.get("SLURM_NNODES", "1")
     per_node = env.get("SLURM_NTASKS_PER_NODE")

@@ -30,10 +30,10 @@ from dreambooth.errors import UserError
 from dreambooth.run_folder import is_rank_zero
 from dreambooth.slurm import device_count, launched_by_srun
 from dreambooth.submitted import Dead, outlast
+from dreambooth.task_table import task_of
 
 RECORDS = ".sweep"  # in the sweep's folder while it lasts: a file for each job, whichever machine it ran on
 NO_END = "did not end"  # the error of a job while it runs
-MEASURED = ("train", "benchmark")
 # What decides whether a job can start; of what else is swept, one value stands for all.
 DECISIVE = (
     "task experiment model model.from_pretrained model.revision trainer trainer.devices trainer.num_nodes".split()
@@ -88,7 +88,7 @@ class SweepTable(Callback):
         shutil.rmtree(folder / RECORDS, ignore_errors=True)
         failed = [record for record in records if record["error"]]
         try:
-            if records and all(record["task"] in MEASURED for record in records):
+            if records and all(task_of(record["task"]).has_scores for record in records):
                 from dreambooth.report.sweep import finish  # needs torch
 
                 finish(folder, records)
@@ -146,7 +146,7 @@ def refuse(cfg: Any, hydra_node: Any) -> None:
     launched = (
         submitted or launched_by_srun() or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"))
     )
-    if sweep and not launched and cfg.task in ("train", "prepare") and device_count(cfg.trainer.devices) != 1:
+    if sweep and not launched and task_of(cfg.task).distributed and device_count(cfg.trainer.devices) != 1:
         raise UserError(
             f"trainer.devices={cfg.trainer.devices} in a sweep: its processes would each begin the sweep anew; type "
             "hydra/launcher=slurm, or put torchrun --nproc-per-node in front of launch.py"

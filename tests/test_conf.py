@@ -11,8 +11,8 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from dreambooth import config, values
-from dreambooth.cli import TASKS
 from dreambooth.errors import UserError
+from dreambooth.task_table import TASKS
 
 CARDS = sorted(
     (str(path.parent.relative_to(config.CONF)), path.stem)
@@ -211,7 +211,7 @@ def test_the_samplers_of_the_tree_are_those_that_draw():
 
 def test_every_task_exists():
     for task in TASKS.values():
-        assert callable(get_object(task.replace(":", ".")))
+        assert callable(get_object(task.function.replace(":", ".")))
 
 
 @pytest.mark.slow
