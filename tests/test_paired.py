@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth.benchmark import paired
-from dreambooth.benchmark.results import NAMES
+from dreambooth.benchmark import paired, results
+from dreambooth.metrics.curves import read_curves, write_curves
+from dreambooth.metrics.tradeoff import SCORES, Tradeoff
 
 
 def write_run(folder: Path, dino: list[float], pres: list[float], seconds: float = 10.0) -> None:
@@ -31,7 +32,7 @@ def row(kind: str, role: str, number: int, **scores: float) -> dict:
         "prompt_index": 0 if role == "subject" else 1,
         "picture_index": number,
     }
-    return place | dict.fromkeys(NAMES) | scores
+    return place | dict.fromkeys(SCORES) | scores
 
 
 @pytest.fixture
@@ -79,6 +80,28 @@ def test_order_of_subjects_and_seeds_does_not_matter(records):
     first = paired.compare(paired.outcomes_of(records))
     again = paired.compare(paired.outcomes_of([records[1], records[0], records[3], records[2]]))
     assert first == again
+
+
+def test_a_score_of_ones_own_is_in_every_table(records, tmp_path):
+    for record in records:
+        for run in (path for path in Path(record["folder"]).iterdir() if (path / "summary.json").exists()):
+            scores, summary = run / "evaluation" / "scores.jsonl", json.loads((run / "summary.json").read_text())
+            rows = [json.loads(line) | {"sharp": 0.25} for line in scores.read_text().splitlines()]
+            scores.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            summary["metrics"] = {"after": {"dino": 0.5, "sharp": 0.25}, "before": {}, "real": {}}
+            (run / "summary.json").write_text(json.dumps(summary))
+    assert "| copy | sharp | seconds | MB |" in paired.write(tmp_path, records)
+    folder = Path(records[0]["folder"])
+    table = results.table({name: folder / name for name in ("cat", "dog")})
+    assert "| copy | sharp |" in results.write(folder, table)
+    assert "| cat | 0.500 | - | - | - | - | - | 0.250 |" in (folder / "benchmark.md").read_text()
+    tradeoff = Tradeoff(0.9)
+    for step in (0, 1, 2):
+        tradeoff.add(step, {"dino": 0.1 * step, "pres": 0.0, "sharp": 0.25})
+    write_curves(folder / "cat" / "curves.csv", tradeoff.rows)
+    assert read_curves(folder / "cat" / "curves.csv") == tradeoff.rows
+    text = results.write_curves(folder, results.curves({"cat": folder / "cat"}))
+    assert text.startswith("| step | subjects | dino | clip_i | clip_t | pres | div | copy | sharp | score |")
 
 
 def test_tables_are_written(records, tmp_path):

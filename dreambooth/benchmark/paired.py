@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth.benchmark.results import NAMES, measured
+from dreambooth.benchmark.results import measured, names_of
 from dreambooth.files import atomic
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.measure import read_scores
@@ -81,9 +81,10 @@ def compare(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     Differences are from the first setting, over the units that both have; None there.
     """
     rows = []
+    names = names_of(scores for each in outcomes for unit in each.units.values() for scores in unit.values())
     for each in outcomes:
         row: dict[str, Any] = {"label": each.label, "units": len(each.units)}
-        for name in NAMES:
+        for name in names:
             values = [_mean(each.units[unit], name) for unit in sorted(each.units)]
             row |= {name: mean(values), f"{name}_interval": interval(values)}
             apart = [] if each is outcomes[0] else _differences(outcomes[0], each, name)
@@ -94,16 +95,17 @@ def compare(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Two tables: means with their 95 % intervals, and paired differences from the first row."""
-    head = "| | " + " | ".join(NAMES) + " |"
-    rule = "|---" * (len(NAMES) + 1) + "|"
-    means = ["| | " + " | ".join((*NAMES, "seconds", "MB")) + " |", "|---" * (len(NAMES) + 3) + "|"]
+    names = [name for name in rows[0] if f"{name}_difference" in rows[0]]
+    head = "| | " + " | ".join(names) + " |"
+    rule = "|---" * (len(names) + 1) + "|"
+    means = ["| | " + " | ".join((*names, "seconds", "MB")) + " |", "|---" * (len(names) + 3) + "|"]
     for row in rows:
-        cells = [_cell(row[name], row[f"{name}_interval"], "") for name in NAMES]
+        cells = [_cell(row[name], row[f"{name}_interval"], "") for name in names]
         took = [_plain(row["seconds"], 0), _plain(row["megabytes"], 1)]
         means.append(f"| {row['label']} | " + " | ".join([*cells, *took]) + " |")
     apart = [head.replace("| |", f"| less {rows[0]['label']} |", 1), rule] if len(rows) > 1 else []
     for row in rows[1:]:
-        cells = [_cell(row[f"{name}_difference"], row[f"{name}_difference_interval"], "+") for name in NAMES]
+        cells = [_cell(row[f"{name}_difference"], row[f"{name}_difference_interval"], "+") for name in names]
         apart.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     units = f"Means over {', '.join(sorted({str(row['units']) for row in rows}))} trainings (subjects x seeds)."
     return "\n".join([units, "", *means, *([""] if apart else []), *apart]) + "\n"
@@ -111,22 +113,23 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _scores(run: Path) -> Scores:
     rows = read_scores(run / "evaluation" / "scores.jsonl")
+    names = names_of([json.loads((run / "summary.json").read_text())["metrics"]["after"]])
     return {
-        (row["role"], row["prompt_index"], row["picture_index"]): {name: row.get(name) for name in NAMES}
+        (row["role"], row["prompt_index"], row["picture_index"]): {name: row.get(name) for name in names}
         for row in rows
         if row["set"] == "after"
     }
 
 
 def _mean(scores: Scores, name: str) -> float | None:
-    return mean([row[name] for row in scores.values()])
+    return mean([row.get(name) for row in scores.values()])
 
 
 def _differences(first: Outcome, other: Outcome, name: str) -> list[float | None]:
     found = []
     for unit in sorted(first.units.keys() & other.units.keys()):
         a, b = first.units[unit], other.units[unit]
-        pairs = [(a[place][name], b[place][name]) for place in a.keys() & b.keys()]
+        pairs = [(a[place].get(name), b[place].get(name)) for place in a.keys() & b.keys()]
         found.append(mean([y - x for x, y in pairs if x is not None and y is not None]))
     return found
 

@@ -4,17 +4,18 @@ import csv
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
-from dreambooth.metrics.curves import COLUMNS, CURVES, read_curves
+from dreambooth.metrics.curves import CURVES, read_curves
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.measure import read_scores
+from dreambooth.metrics.tradeoff import SCORES
 
 log = logging.getLogger(__name__)
-NAMES = ("dino", "clip_i", "clip_t", "pres", "div", "copy")
 PAPER = {  # Table 1 of arXiv 2208.12242: DINO, CLIP-I, CLIP-T
     "paper: real images": (0.774, 0.885, None),
     "paper: DreamBooth (Imagen)": (0.696, 0.812, 0.306),
@@ -36,22 +37,25 @@ def measured(folder: Path) -> dict[str, Any] | None:
 def table(folders: dict[str, Path]) -> list[dict[str, Any]]:
     """A row a finished subject, then their means (each subject counts once) with 95 % intervals, then the photos'."""
     found = {name: metrics for name, folder in folders.items() if (metrics := measured(folder)) is not None}
-    rows = [{"subject": name, **_part(metrics["after"])} for name, metrics in found.items()]
+    names = names_of([metrics["after"] for metrics in found.values()])
+    rows = [{"subject": name, **{key: metrics["after"].get(key) for key in names}} for name, metrics in found.items()]
     for label, part in (("mean", "after"), ("mean of the untouched base", "before"), ("mean of the photos", "real")):
-        columns = {name: [metrics[part].get(name) for metrics in found.values()] for name in NAMES}
+        columns = {name: [metrics[part].get(name) for metrics in found.values()] for name in names}
         spreads = {f"{name}_interval": interval(values) for name, values in columns.items()}
         rows.append({"subject": label, **{name: mean(values) for name, values in columns.items()}, **spreads})
     return rows
 
 
-def _part(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: metrics.get(name) for name in NAMES}
+def names_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The scores that rows have, the usual ones first; no intervals."""
+    every = dict.fromkeys([*SCORES, *(name for row in rows for name in row)])
+    return [name for name in every if name != "subject" and not name.endswith("_interval")]
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> str:
     """benchmark.csv, benchmark.json and benchmark.md in ``folder``; the last one's text."""
     with atomic(folder / "benchmark.csv") as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["subject", *NAMES], lineterminator="\n", extrasaction="ignore")
+        writer = csv.DictWriter(file, ["subject", *names_of(rows)], lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     with atomic(folder / "benchmark.json") as path:
@@ -68,8 +72,9 @@ def curves(folders: dict[str, Path]) -> list[dict[str, Any]]:
     for folder in folders.values():
         for row in read_curves(folder / CURVES):
             by_step.setdefault(row["step"], []).append(row)
+    names = list(dict.fromkeys(name for rows in by_step.values() for row in rows for name in row if name != "step"))
     return [
-        {"step": step, "subjects": len(rows)} | {name: mean([row[name] for row in rows]) for name in COLUMNS[1:]}
+        {"step": step, "subjects": len(rows)} | {name: mean([row.get(name) for row in rows]) for name in names}
         for step, rows in sorted(by_step.items())
     ]
 
@@ -80,7 +85,8 @@ def write_curves(folder: Path, rows: list[dict[str, Any]]) -> str:
         return ""
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     for row in rows:
-        cells = [str(row["step"]), str(row["subjects"]), *(_cell(row[name], None) for name in COLUMNS[1:])]
+        step, subjects, *scores = row.values()
+        cells = [str(step), str(subjects), *(_cell(value, None) for value in scores)]
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     with atomic(folder / "curves.md") as path:
@@ -94,12 +100,14 @@ def write_curves(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows, and the paper's for comparison, as a markdown table."""
-    lines = ["| subject | " + " | ".join(NAMES) + " |", "|---" * (len(NAMES) + 1) + "|"]
+    names = names_of(rows)
+    lines = ["| subject | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
-        cells = [_cell(row[name], row.get(f"{name}_interval")) for name in NAMES]
+        cells = [_cell(row[name], row.get(f"{name}_interval")) for name in names]
         lines.append(f"| {row['subject']} | " + " | ".join(cells) + " |")
     for label, values in PAPER.items():
-        cells = [_cell(value, None) for value in (*values, None, None, None)]
+        known = dict(zip(("dino", "clip_i", "clip_t"), values, strict=True))
+        cells = [_cell(known.get(name), None) for name in names]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

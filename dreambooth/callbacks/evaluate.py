@@ -21,7 +21,7 @@ from dreambooth.data.progress import progress_bar
 from dreambooth.evaluation import FOLDER, write
 from dreambooth.files import atomic
 from dreambooth.metrics import measure
-from dreambooth.metrics.curves import COLUMNS, CURVES, read_curves, write_curves
+from dreambooth.metrics.curves import CURVES, read_curves, write_curves
 from dreambooth.metrics.tradeoff import Tradeoff
 from dreambooth.noise import seed_of
 from dreambooth.picture_files import batches_of, draw_batch, draw_through, foreign_picture
@@ -129,7 +129,7 @@ class Evaluate(pl.Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """One row of the curves; the weights are kept when none before was better."""
         folder, step = Path(trainer.default_root_dir), trainer.global_step
-        means = dict.fromkeys(COLUMNS[1:-1])
+        means: dict[str, float | None] = {}
         with self._at_work(trainer, pl_module) as works:
             if works:
                 pictures = measure.pictures_of(self.asked[0], self.curve, "", "", self.resolution)
@@ -198,8 +198,10 @@ class Evaluate(pl.Callback):
                 return
             with on_device(pl_module.family, device):
                 self.suite.move(device)
-                yield True
-                self.suite.move(torch.device("cpu"))
+                try:
+                    yield True
+                finally:
+                    self.suite.move(torch.device("cpu"))
         self.seconds += time.perf_counter() - began
 
     def _keep(self, pl_module: Any, path: Path, step: int) -> None:

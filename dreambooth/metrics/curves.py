@@ -7,9 +7,10 @@ from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
-from dreambooth.metrics.tradeoff import COLUMNS
+from dreambooth.metrics.tradeoff import SCORES
 
 CURVES = "curves.csv"
+COLUMNS = ("step", *SCORES, "score")  # those that it always has
 
 
 def read_curves(path: Path, last_step: float = math.inf) -> list[dict[str, Any]]:
@@ -21,18 +22,23 @@ def read_curves(path: Path, last_step: float = math.inf) -> list[dict[str, Any]]
         return []
     try:
         with path.open(newline="") as file:
-            rows = [{name: float(row[name]) if row[name] else None for name in COLUMNS} for row in csv.DictReader(file)]
+            reader = csv.DictReader(file)
+            names = reader.fieldnames or ()
+            if lacking := [name for name in COLUMNS if name not in names]:
+                raise ValueError(f"it lacks {', '.join(lacking)}")
+            rows = [{name: float(row[name]) if row[name] else None for name in names} for row in reader]
         return [
             {**row, "step": int(row["step"])} for row in rows if row["step"] is not None and row["step"] <= last_step
         ]
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}): repair it, or type resume=false to begin afresh") from None
 
 
 def write_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """All rows, under a temporary name first."""
     with atomic(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(
             {k: "" if v is None else (v if k == "step" else repr(v)) for k, v in row.items()} for row in rows

@@ -36,6 +36,10 @@ class Score(ABC):
         """Which photograph each drawn picture is nearest to, if the score looks for that."""
         return None
 
+    def unheard(self, encoder: Any, photos: Pictures, texts: Sequence[str]) -> list[float]:
+        """What prompts score with photographs that show the subject whatever they say, if the score is of prompts."""
+        return []
+
 
 class Fidelity(Score):
     """Mean cosine similarity of a generated picture's features and those of every real photograph."""

@@ -7,7 +7,7 @@ import torch
 
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.pictures import Pictures
-from dreambooth.metrics.scores import ClipT, Score
+from dreambooth.metrics.scores import Score
 
 Row = dict[str, Any]
 
@@ -56,8 +56,9 @@ class Suite:
 
     def unheard(self, photos: Pictures, texts: Sequence[str]) -> list[float]:
         """CLIP-T of every photograph with every text; empty without a score for prompts or its encoder."""
-        found = [score for score in self._of("subject") if isinstance(score, ClipT)]
-        return found[0].unheard(self.encoders[found[0].encoder], photos, texts) if found and len(photos) else []
+        scores = self._of("subject") if len(photos) else ()
+        found = (score.unheard(self.encoders[score.encoder], photos, texts) for score in scores)
+        return next((values for values in found if values), [])
 
     def summary(self, rows: Sequence[Row]) -> dict[str, float | None]:
         """The mean of each score over the rows where it is defined, in the order that ``average`` says."""

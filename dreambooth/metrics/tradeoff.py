@@ -2,7 +2,8 @@
 
 from typing import Any
 
-COLUMNS = ("step", "dino", "clip_i", "clip_t", "pres", "div", "copy", "score")
+# In the order of every table; a metrics card may have more.
+SCORES = ("dino", "clip_i", "clip_t", "pres", "div", "copy")
 LEAST_RISE = 0.01  # of the way from base to photographs: less is noise
 LEAST_WAY = 1e-6  # from base to photographs: with less, and with photographs below the base, there are no shares of it
 LEAST_HEARD = 0.03  # of clip_t, by which the base follows prompts better than photographs do: less is mostly noise
@@ -44,7 +45,7 @@ class Tradeoff:
 
     def add(self, step: int, means: dict[str, float | None]) -> dict[str, Any]:
         """Append the row of one evaluation, its score computed, and return it."""
-        row: dict[str, Any] = {"step": step, **{name: means.get(name) for name in COLUMNS[1:-1]}}
+        row: dict[str, Any] = {"step": step, **dict.fromkeys(SCORES), **means}
         self.rows.append(row)
         fidelity, drift = self.fidelity(row), self.drift(row)
         row["score"] = None if fidelity is None else fidelity - self.weight * max(drift or 0.0, 0.0)
