@@ -44,7 +44,7 @@ class DreamBoothModule(pl.LightningModule):
     """Fine-tunes what a ``tuning`` lets learn of a family on a subject, with or without the prior of its class.
 
     Registers only the networks in which something learns (and its moving average ``ema``, if a callback keeps one), so
-    strategies see no other; their state_dict holds what learns and nothing else. With ``prior`` "teacher" the target of
+    strategies see no other; their state_dict holds what learns and nothing else. With ``teacher`` the target of
     the class is what the untouched base predicts for it.
 
     ``step_metrics`` holds the last optimizer step: loss, instance_loss, prior_loss (means over accumulation and ranks),

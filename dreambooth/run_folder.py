@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import count, islice, takewhile
@@ -93,22 +93,27 @@ def find_run(cfg: DictConfig, folder: Path) -> Run:
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Within, no other command trains in ``folder``; the first rank asks for all. UserError when one does already."""
-    lock = FileLock(folder / LOCK)
+    made = not folder.exists()
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a mere file would outlive a kill
     if is_rank_zero():
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout:
             raise UserError(
-                f"{folder}: another process trains in this run folder; wait for it, or type hydra.run.dir=ANOTHER"
+                f"{folder}: another process trains in this run folder (it holds {LOCK}); wait for it, or type "
+                "hydra.run.dir=ANOTHER_FOLDER"
             ) from None
         except (OSError, NotImplementedError) as error:  # a file system without locks, or nothing can be written there
             log.debug("%s is not locked: %s", folder, error)
     try:
         yield
     finally:
-        lock.release()
-        if {path.name for path in folder.glob("*")} <= {LOCK}:  # an error before anything was written
+        if lock.is_locked:  # still: who waits for it looks whether the file that it got is the one that lies there
             (folder / LOCK).unlink(missing_ok=True)
+            lock.release()
+            with suppress(OSError):
+                if made:  # and an error came before anything was written
+                    folder.rmdir()
 
 
 def begin(cfg: DictConfig, run: Run) -> None:

@@ -200,6 +200,7 @@ def test_another_model_draws_only_when_something_is_missing(
         ({"resolution": 2}, "resolution=2 is not a multiple of 4, .* type model.data.resolution=4$"),
         ({"cached_instance_dir": "/proc/nowhere"}, "model.data.cached_instance_dir: /proc/nowhere cannot be written"),
         ({"cached_reg_dir": f"{__file__}/x"}, "model.data.cached_reg_dir: .* is a file"),
+        ({"regularization_dir": f"{__file__}/x"}, "model.data.regularization_dir: .* is a file"),
         ({"regularization_dir": "/proc/nowhere"}, "model.data.regularization_dir: /proc/nowhere cannot be written"),
     ],
 )

@@ -177,7 +177,8 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: py
     run, other = tmp_path / "run", FileLock(tmp_path / "run" / LOCK)
     with claimed(run), pytest.raises(UserError, match="another process trains in this run folder"), claimed(run):
         pass
-    assert list(run.iterdir()) == []  # nothing began there
+    assert not run.exists()  # nothing began there
+    run.mkdir()
     with other, pytest.raises(UserError, match=r"hydra\.run\.dir="), claimed(run):
         pass
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -188,6 +189,9 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: py
         (run / "config.yaml").touch()
     with claimed(run):
         pass
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    with pytest.raises(UserError, match="mine"), claimed(run / "config.yaml" / "x"):
+        raise UserError("mine")
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ EXHAUSTIVE: list[tuple[str, dict[str, Any]]] = [
     *((strategy, {"tuning": "pivotal"}) for strategy in ("ddp", "fsdp", "deepspeed_2")),
     ("ddp", {"tuning": "pivotal_in_turn"}),
     *(("deepspeed_3", {"tuning": tuning, "ema": None}) for tuning in ("textual_inversion", "pivotal")),
-    *((strategy, {"tuning": "lora", "module": {"prior": "teacher"}}) for strategy in ("ddp", "fsdp", "deepspeed_2")),
-    ("deepspeed_3", {"tuning": "lora", "ema": None, "module": {"prior": "teacher"}}),
+    *((strategy, {"tuning": "lora", "module": {"teacher": True}}) for strategy in ("ddp", "fsdp", "deepspeed_2")),
+    ("deepspeed_3", {"tuning": "lora", "ema": None, "module": {"teacher": True}}),
 ]
 
 

@@ -53,12 +53,14 @@ def link(place: Path, run: Path) -> None:
 def claimed(run: Path) -> Iterator[None]:
     """Within, no other process trains ``run``: who comes second waits, and finds it finished."""
     run.parent.mkdir(parents=True, exist_ok=True)
-    lock: Any = FileLock(run.with_name(f".{run.name}.lock"))
+    lock: Any = FileLock(run.with_name(f".{run.name}.lock"), fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         log.info("%s is being trained by another process: waiting for it", run)
         lock.acquire()
+    except (OSError, NotImplementedError) as error:  # a file system without locks
+        log.debug("%s is not locked: %s", run, error)
     try:
         yield
     finally:

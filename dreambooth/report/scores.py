@@ -1,4 +1,4 @@
-"""What the scores mean: their names, which way is better, and what three of them say of a run in plain words."""
+"""What the scores mean: their names, which way is better, and what four of them say of a run in plain words."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
