@@ -59,8 +59,8 @@ class Adapter:
                 f"{KEY}: {path} does not go with {family.source} ({first_line(error)}): name its base with "
                 "infer.model=..., or another file"
             ) from error
-        parts = [name for name in family.trainable() if self.counts_in(name) and adapted(family, name)]
-        if not any(adapted(family, name) for name in family.trainable()):
+        parts = [name for name in family.trainable_networks() if self.counts_in(name) and adapted(family, name)]
+        if not any(adapted(family, name) for name in family.trainable_networks()):
             raise UserError(f"{KEY}: {path} has nothing for the networks of {family.source}; name another file")
         with torch.no_grad():
             if parts:

@@ -89,7 +89,8 @@ class DreamBoothModule(pl.LightningModule):
         """One micro-batch (B) of instance and class records; noise and its level are functions of the position."""
         self.seed_dropout(batch)
         moments = batch["moments"] if "moments" in batch else self.encode(batch["pixels"])
-        x0 = self.family.latents(moments, self.draw(batch, "posterior", (moments.shape[1] // 2, *moments.shape[2:])))
+        posterior = self.draw(batch, "posterior", (moments.shape[1] // 2, *moments.shape[2:]))
+        x0 = self.family.sample_latents(moments, posterior)
         noise = self.draw(batch, "noise", x0.shape[1:])
         if self.noise_offset:  # https://www.crosslabs.org/blog/diffusion-with-offset-noise
             noise = noise + self.noise_offset * self.draw(batch, "offset", (x0.shape[1], 1, 1))

@@ -1,4 +1,4 @@
-"""The run folder: whether what lies there begins, goes on, or is finished.
+"""The run folder: whether a run is new, to be resumed or finished, and who trains in it.
 
 Importable without torch, numpy and PIL.
 """

@@ -63,7 +63,7 @@ def _train(cfg: DictConfig) -> RunResult:
         build(node)  # a package that is missing is said before anything is loaded or written
     tuning, data = prepare_data(cfg)
     if (grid := cfg.callbacks.get("sample_grid")) is not None and "resolution" in grid:
-        checks.resolution(grid.resolution, tuning.family.factor, "callbacks.sample_grid.resolution")
+        checks.resolution(grid.resolution, tuning.family.vae_scale_factor, "callbacks.sample_grid.resolution")
     module = make_module(cfg, tuning)
     callbacks = make_callbacks(cfg)
     with claimed(run.folder):

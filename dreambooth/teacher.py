@@ -10,11 +10,11 @@ from dreambooth.tuning.base import Tuning
 
 
 class Teacher:
-    """Gives the class the target of the network that has learned nothing: the same one with its adapter off, or a copy.
+    """Gives the class the prediction of the frozen base as its target: the network with its adapter off, or a copy.
 
-    The class has no pictures of its own then. Its x_t is noise on the instance's latents, and only the prompt names the
-    class, as in ai-toolkit's "differential output preservation": it asks what the subject's photos put at risk, that
-    the class prompt goes on saying there what it said. (SimpleTuner and OneTrainer take the base's prediction too, but
+    The class has no pictures of its own then: its prompt is evaluated on the *instance's* noisy latents, as in
+    ai-toolkit's "differential output preservation". So the class prompt keeps its meaning where the subject's photos
+    put it at risk. (SimpleTuner and OneTrainer take the base's prediction too, but
     on pictures of the class that the user has to bring.)
     """
 

@@ -114,7 +114,7 @@ def test_photos_and_class_pictures_of_a_batch_have_the_shape_of_its_bucket(
     module = ready(tiny, photos, buckets=True, masks="files", micro_batch_size=2, use_cached_latents=cached)
     assert [(bucket.shape, bucket.turns) for bucket in module.ready] == [((24, 40), 1), (32, 3), ((40, 24), 1)]
     assert module.counts["num_instance"] == 5
-    seen, masks = set(), Masks("files", 0.1, tiny.factor)
+    seen, masks = set(), Masks("files", 0.1, tiny.vae_scale_factor)
     for batch in islice(module.train_dataloader(), 10):
         for number, path in enumerate(map(Path, batch["paths"])):
             shape = SHAPES[Path(batch["paths"][0]).name]

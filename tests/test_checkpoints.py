@@ -49,7 +49,7 @@ def one_step(family: StableDiffusion) -> tuple[float, float]:
     moments = family.encode_pictures(torch.rand(2, 3, 64, 64, generator=g) * 2 - 1)
     noise = torch.randn(2, 4, 8, 8, generator=g)
     objective = Diffusion.from_scheduler(family.scheduler)
-    x0, t = family.latents(moments, noise), torch.tensor([100, 800])
+    x0, t = family.sample_latents(moments, noise), torch.tensor([100, 800])
     cond = family.encode_prompts(["a photo of a sks dog", "a photo of a dog"])
 
     def loss() -> torch.Tensor:

@@ -41,14 +41,14 @@ def draw(pipeline: DiffusionPipeline, **options: object) -> np.ndarray:
 
 def test_shapes_and_gradients(family):
     """Pictures to moments to latents to a prediction, and gradients in exactly what learns."""
-    size, factor = 8 * family.factor, family.factor
+    size, factor = 8 * family.vae_scale_factor, family.vae_scale_factor
     moments = family.encode_pictures(torch.rand(2, 3, size, size) * 2 - 1)
     assert moments.shape[0] == 2
     assert moments.shape[2:] == (size // factor, size // factor)
     assert moments.dtype == torch.float32
     assert not moments.requires_grad
     noise = torch.randn(2, moments.shape[1] // 2, *moments.shape[2:])
-    x0 = family.latents(moments, noise)
+    x0 = family.sample_latents(moments, noise)
     learned = Full(family).learned
     cond = family.encode_prompts(PROMPTS)
     assert all(len(value) == 2 and not value.requires_grad for value in cond.values())
@@ -71,12 +71,12 @@ def test_agrees_with_its_pipeline(family):
     posterior = pipeline.vae.encode(pixels).latent_dist
     z = torch.randn_like(posterior.mean)
     expected = (posterior.mean + posterior.std * z) * pipeline.vae.config.scaling_factor
-    torch.testing.assert_close(family.latents(family.encode_pictures(pixels), z), expected)
+    torch.testing.assert_close(family.sample_latents(family.encode_pictures(pixels), z), expected)
 
 
 def test_tuning_full(family):
     learned = Full(family, train_text_encoder=True).learned
-    assert set(learned) == set(family.trainable())
+    assert set(learned) == set(family.trainable_networks())
     assert all(network.training for network in learned.values())
     assert list(Full(family).learned) == [name for name in learned if not name.startswith("text_encoder")]
     assert not family.networks["text_encoder"].training

@@ -159,8 +159,8 @@ def test_the_word_is_merged_once_and_forgotten_without_a_trace(tiny_sd: Path) ->
     assert family.fingerprint(fresh=True) == family.fingerprint() == plain.fingerprint()
     with tuning.untouched():
         assert np.array_equal(picture(family.to_pipeline()), picture(plain.to_pipeline()))
-    assert torch.equal(family.tokens(["a dog"]), plain.tokens(["a dog"]))
-    assert family.tokens(["sks dog"])[0, 1:3].tolist() == [len(plain.tokenizer), len(plain.tokenizer) + 1]
+    assert torch.equal(family.token_ids(["a dog"]), plain.token_ids(["a dog"]))
+    assert family.token_ids(["sks dog"])[0, 1:3].tolist() == [len(plain.tokenizer), len(plain.tokenizer) + 1]
 
 
 def test_it_begins_as_the_initializer(tiny_sd: Path) -> None:

@@ -104,7 +104,7 @@ def test_each_picture_comes_with_its_mask_and_the_class_with_none(
         module = ready(tiny, photos, masks=kind, use_cached_latents=cached, micro_batch_size=2, seed=3)
     assert not [record for record in caplog.records if "ignored" in record.getMessage()]
     assert module.counts["num_instance"] == 5
-    expected = Masks(kind, 0.1, tiny.factor)
+    expected = Masks(kind, 0.1, tiny.vae_scale_factor)
     for batch in islice(module.train_dataloader(), 4):
         assert batch["mask"].shape == (4, 1, 8, 8)
         for path, mask, is_prior in zip(batch["paths"], batch["mask"], batch["is_prior"], strict=True):
@@ -127,7 +127,7 @@ def test_a_cached_variant_and_its_mask_are_of_one_view(tiny: StableDiffusion, ph
 
 
 def views_of(module: Any, path: Path, what: str) -> list[torch.Tensor]:
-    masks = Masks("files", 0.1, module.family.factor)
+    masks = Masks("files", 0.1, module.family.vae_scale_factor)
     views = module.views(file_hash(path))
     return [pixels(path, view, 32)[None] if what == "pixels" else masks.weight(path, view, 32) for view in views]
 

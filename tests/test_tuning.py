@@ -317,7 +317,7 @@ def check_the_teacher(module: Any, plain: StableDiffusion, batch: dict[str, Any]
         assert seen == [False, True]
         cond = module.family.encode_prompts(batch["prompts"])
         noise = module.draw(batch, "noise", (4, 8, 8))
-        x0 = plain.latents(batch["moments"], module.draw(batch, "posterior", (4, 8, 8)))
+        x0 = plain.sample_latents(batch["moments"], module.draw(batch, "posterior", (4, 8, 8)))
         t = module.objective.sample_t(module.draw_levels(batch))
         x_t = module.objective.add_noise(x0, noise, t)
         goal = torch.where(

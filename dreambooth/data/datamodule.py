@@ -90,7 +90,8 @@ class DreamBoothDataModule(pl.LightningDataModule):
             list(dict.fromkeys(subject[half] for subject in self.subjects if half < len(subject))) for half in (0, 1)
         )
         self.beside, self.caption_dropout = Annotations(captions, caption_template, masks, mask_floor), caption_dropout
-        self.shapes: list[Shape] = bucket_shapes(resolution, family.multiple, bucket_ratio) if buckets else [resolution]
+        sides = resolution, family.size_multiple, bucket_ratio
+        self.shapes: list[Shape] = bucket_shapes(*sides) if buckets else [resolution]
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
         self.num_workers, self.micro_batch_size = num_workers, micro_batch_size
         self.cached_variants, self.train_data_repeats = cached_variants, train_data_repeats
@@ -100,9 +101,9 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def check(self) -> None:
         """Look for every mistake in folders and sizes, without drawing or encoding; UserError names the first one."""
-        checks.resolution(self.resolution, self.family.factor)
+        checks.resolution(self.resolution, self.family.vae_scale_factor)
         if self.resolution not in self.shapes:
-            checks.bucket(self.resolution, self.family.multiple)
+            checks.bucket(self.resolution, self.family.size_multiple)
         for source in (*self.instances, *self.classes):
             self.check_source(source)
         for source in (*self.instances, *self.classes) if self.use_cached_latents else ():
@@ -111,7 +112,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
     def check_source(self, source: Source) -> None:
         """Look for every mistake in a folder of pictures."""
         if source.role == INSTANCE:
-            self.beside.check(source, self.family.factor)
+            self.beside.check(source, self.family.vae_scale_factor)
             return
         for instance in self.instances:
             checks.apart(source.folder, instance.folder, source.key)
@@ -165,7 +166,7 @@ class DreamBoothDataModule(pl.LightningDataModule):
 
     def role(self, source: Source, shape: Shape, prompts: dict[Path, str], encoder: Encoder) -> Role:
         """Pictures of a source, with the prompt of each, in one shape; with what the networks say of them."""
-        paths, masks = list(prompts), self.beside.masks_of(source, self.family.factor)
+        paths, masks = list(prompts), self.beside.masks_of(source, self.family.vae_scale_factor)
         moments = encoder.pictures(source, paths, self.views, shape) if self.use_cached_latents else None
         weights, conds = None, None
         if masks and self.use_cached_latents:

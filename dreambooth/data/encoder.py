@@ -66,7 +66,7 @@ class Encoder:
         if not self.store:
             return {text: self.embeddings(text) for text in distinct}
         reader = self.family.fingerprint(*self.readers)
-        keys = [prompt_key(self.family.tokens([text]).tolist(), reader) for text in distinct]
+        keys = [prompt_key(self.family.token_ids([text]).tolist(), reader) for text in distinct]
         items = [
             Item(source.cache, source.cache_key, key, partial(self.embeddings, text))
             for key, text in zip(keys, distinct, strict=True)

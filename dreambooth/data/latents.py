@@ -1,4 +1,4 @@
-"""A cache of what frozen networks say: moments of pictures and embeddings of prompts, one .pt file for each.
+"""A cache of what frozen networks compute: VAE moments of pictures, embeddings of prompts; one .pt file for each.
 
 A file is named by the hash of everything that changes its content and of nothing else, and holds that name inside.
 One that is cut short or belongs elsewhere is made again; none is ever guessed to be right.

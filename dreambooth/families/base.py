@@ -17,12 +17,12 @@ ADDED = "added_rows"  # of a table of embeddings, by a tuning
 class Family(ABC):
     """Networks in a plain dict, so that a LightningModule registers only those that learn, and what they do together.
 
-    ``factor`` is the number of pixels a latent cell spans, ``source`` what ``model.from_pretrained`` named.
+    ``vae_scale_factor`` is the number of pixels a latent cell spans, ``source`` what ``model.from_pretrained`` named.
     """
 
     scheduler: Any  # of diffusers, the checkpoint's own; within module.averaged() that of the objective
     tokenizer: Any  # of transformers, that of the first text encoder
-    factor: int
+    vae_scale_factor: int
     source: str
 
     def __init__(self, networks: dict[str, nn.Module]):
@@ -30,9 +30,9 @@ class Family(ABC):
         self._fingerprints: dict[str, str] = {}
 
     @property
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         """Pixels that the sides of a picture are multiples of when all networks halve it evenly."""
-        return self.factor
+        return self.vae_scale_factor
 
     @property
     @abstractmethod
@@ -44,12 +44,12 @@ class Family(ABC):
         """Pictures (B, 3, H, W) in [-1, 1] to moments (B, 2C, h, w): mean and log variance, float32."""
 
     @abstractmethod
-    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A sample of the moments (B, 2C, h, w) by ``noise`` (B, C, h, w), in the scale that the denoiser works in."""
 
     @abstractmethod
-    def tokens(self, prompts: list[str]) -> Tensor:
-        """What the text encoder reads of the prompts, (B, L) integers; with its weights they decide the embeddings."""
+    def token_ids(self, prompts: list[str]) -> Tensor:
+        """Token ids of the prompts, (B, L). With the text encoder's weights they are the cache key of an embedding."""
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ class Family(ABC):
         """The prediction (B, C, h, w) for noisy latents (B, C, h, w) at time steps (B,)."""
 
     @abstractmethod
-    def trainable(self) -> dict[str, nn.Module]:
+    def trainable_networks(self) -> dict[str, nn.Module]:
         """The networks a tuning may touch, by their name in ``networks``."""
 
     @abstractmethod

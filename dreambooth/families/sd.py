@@ -39,27 +39,27 @@ class StableDiffusion(Family):
         self.tokenizer = folders.load_tokenizer(self.folder / "tokenizer", CLIPTokenizer)
         self.vocabulary = len(self.tokenizer)  # without what a tuning adds
         self.scheduler = folders.load_scheduler(self.folder)
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.window = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
     @property
-    def multiple(self) -> int:
-        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+    def size_multiple(self) -> int:
+        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
     def default_resolution(self) -> int:
-        return self.unet.config.sample_size * self.factor
+        return self.unet.config.sample_size * self.vae_scale_factor
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> Tensor:
         posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
-    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         mean, logvar = moments.chunk(2, dim=1)
         return (mean + (logvar / 2).exp() * noise) * self.vae.config.scaling_factor
 
-    def tokens(self, prompts: list[str]) -> Tensor:
+    def token_ids(self, prompts: list[str]) -> Tensor:
         with folders.quiet():  # as the pipeline does it: a learned word of several embeddings is as many tokens
             prompts = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), self.tokenizer)
         warn_of_truncation(self.tokenizer, self.window, prompts)
@@ -68,12 +68,12 @@ class StableDiffusion(Family):
         ).input_ids
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        return {"prompt_embeds": self.text_encoder(self.tokens(prompts).to(self.text_encoder.device))[0]}
+        return {"prompt_embeds": self.text_encoder(self.token_ids(prompts).to(self.text_encoder.device))[0]}
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return self.unet(x_t, t, encoder_hidden_states=cond["prompt_embeds"]).sample
 
-    def trainable(self) -> dict[str, nn.Module]:
+    def trainable_networks(self) -> dict[str, nn.Module]:
         return {"unet": self.unet, "text_encoder": self.text_encoder}
 
     def to_pipeline(self) -> DiffusionPipeline:

@@ -85,7 +85,8 @@ def write(path: Path, entries: list[Entry], notes: dict[str, Any]) -> int:
 def read_notes(path: Path) -> dict[str, Any]:
     """The notes of a file or folder.
 
-    Raises where a file is missing or cut short; whether the parts make up their tensors is seen when these are read.
+    FileNotFoundError where a rank's file is missing, safetensors' own error where one is cut short; whether the parts
+    make up their tensors is seen when these are read.
     """
     files = _files(path)
     if path.is_dir() and files[:1] != [file_of(path, 0, len(files))]:

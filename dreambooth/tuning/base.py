@@ -26,8 +26,8 @@ class Tuning(ABC):
         family: the networks, with the weights of the source.
         train_text_encoder: whether something of the text encoder learns, too.
         text_encoder_lr: its own learning rate; None: the optimizer's.
-        stop_text_encoder_at: the optimizer step from which on it is frozen; None: it learns to the end. Below 1 it is a
-            share of all steps, which ``Pivotal`` hands on of its word; the key of this name takes a step only.
+        stop_text_encoder_at: the optimizer step from which on it is frozen; None: it learns to the end. A value below 1
+            is a share of all steps; only ``Pivotal`` passes one.
     """
 
     saves_adapter = False  # whether what learned is files of its own beside the base (``save``)
@@ -47,7 +47,7 @@ class Tuning(ABC):
         self.text_encoder_lr, self.stop_text_encoder_at = text_encoder_lr, stop_text_encoder_at
         networks = {
             name: network
-            for name, network in family.trainable().items()
+            for name, network in family.trainable_networks().items()
             if train_text_encoder or not name.startswith(TEXT)
         }
         for name, network in family.networks.items():
