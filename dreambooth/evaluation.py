@@ -12,10 +12,11 @@ from PIL import Image
 
 from dreambooth.config import build
 from dreambooth.data import checks
+from dreambooth.devices import pick_device
 from dreambooth.errors import UserError
 from dreambooth.families.base import Family
 from dreambooth.files import atomic, list_pictures, open_picture
-from dreambooth.generation import find_model, pick_device
+from dreambooth.generation import find_model
 from dreambooth.metrics import measure
 from dreambooth.metrics.suite import Row, Suite
 from dreambooth.picture_files import draw_through, foreign_picture

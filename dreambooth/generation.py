@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from PIL import Image
 
 from dreambooth.adapters import Adapter, find_adapter
 from dreambooth.config import build
 from dreambooth.data import checks
+from dreambooth.devices import pick_device
 from dreambooth.errors import UserError, about
 from dreambooth.families.base import Family
 from dreambooth.files import atomic
@@ -148,12 +148,3 @@ def choose_folder(cfg: DictConfig, pictures: list[dict[str, Any]]) -> Path:
     model = Path(str(cfg.infer.model)).expanduser()
     run = model if (model / "config.yaml").exists() else Path(cfg.run_dir)
     return next(folder for folder in numbered(run / "generated") if foreign_picture(folder, pictures) is None)
-
-
-def pick_device(accelerator: str) -> torch.device:
-    """The device that Lightning's ``trainer.accelerator`` means on this machine, for one process."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
-    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")

@@ -12,11 +12,11 @@ from PIL import Image
 
 from dreambooth.config import build
 from dreambooth.data import checks
-from dreambooth.data.progress import progress_bar
+from dreambooth.devices import pick_device
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
-from dreambooth.generation import pick_device
 from dreambooth.picture_files import describe, draw_batch
+from dreambooth.progress import progress_bar
 from dreambooth.prompts import around_identifier
 from dreambooth.run_folder import is_rank_zero
 

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth.data.progress import progress_bar
 from dreambooth.families.base import Family
 from dreambooth.files import atomic, content_key, fault_of
+from dreambooth.progress import progress_bar
 from dreambooth.sampling import draw, picture_seed
 
 TEXT_CHUNK = "dreambooth"  # the PNG's text chunk that holds the settings as JSON

@@ -8,10 +8,10 @@ import torch
 from omegaconf import DictConfig
 
 from dreambooth.data import checks
-from dreambooth.data.progress import progress_bar
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, list_pictures
 from dreambooth.noise import generator
+from dreambooth.progress import progress_bar
 from dreambooth.run_folder import is_rank_zero
 
 log = logging.getLogger(__name__)

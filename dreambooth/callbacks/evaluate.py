@@ -15,9 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreambooth.callbacks.loggers import tell
-from dreambooth.callbacks.sample_grid import on_device
 from dreambooth.config import build
-from dreambooth.data.progress import progress_bar
+from dreambooth.devices import on_device
 from dreambooth.evaluation import FOLDER, write
 from dreambooth.files import atomic
 from dreambooth.metrics import measure
@@ -25,6 +24,7 @@ from dreambooth.metrics.curves import CURVES, read_curves, write_curves
 from dreambooth.metrics.tradeoff import Tradeoff
 from dreambooth.noise import seed_of
 from dreambooth.picture_files import batches_of, draw_batch, draw_through, foreign_picture
+from dreambooth.progress import progress_bar
 
 log = logging.getLogger(__name__)
 BEST = "checkpoints/best.safetensors"

@@ -8,8 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from dreambooth.callbacks.clock import training_clock
 from dreambooth.callbacks.loggers import tell
-from dreambooth.callbacks.sample_grid import training_clock
 from dreambooth.errors import UserError
 from dreambooth.files import atomic
 from dreambooth.module import LOSSES, QUARTERS

@@ -1,22 +1,20 @@
 """samples/: the same prompts and seeds, again and again while the model learns."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig
 from PIL import Image
 
 from dreambooth.callbacks.loggers import show
-from dreambooth.data.progress import progress_bar
 from dreambooth.data.sources import prompts_of_each
+from dreambooth.devices import on_device
 from dreambooth.families.base import Family
 from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
+from dreambooth.progress import progress_bar
 from dreambooth.prompts import read_prompts
 from dreambooth.sampling import draw, picture_seed
 
@@ -97,20 +95,3 @@ class SampleGrid(pl.Callback):
                 rows.append(pictures)
                 bar.update(self.count)
         return rows
-
-
-@contextmanager
-def on_device(family: Family, device: torch.device) -> Iterator[None]:
-    """Bring all networks to ``device``, and each back to where it was: frozen ones rest off the accelerator."""
-    places = {name: next(network.parameters()).device for name, network in family.networks.items()}
-    try:
-        family.move(device)
-        yield
-    finally:
-        for name, place in places.items():
-            family.move(place, name)
-
-
-def training_clock(trainer: Any) -> float:
-    """Seconds that stand still while samples are drawn and measured."""
-    return time.perf_counter() - sum(getattr(callback, "seconds", 0.0) for callback in trainer.callbacks)

@@ -15,9 +15,10 @@ import pytorch_lightning as pl
 import torch
 
 from dreambooth import __version__
+from dreambooth.callbacks.clock import training_clock
 from dreambooth.callbacks.evaluate import Evaluate
 from dreambooth.callbacks.metrics_csv import metrics_path, read_rows, samples_per_step
-from dreambooth.callbacks.sample_grid import SampleGrid, training_clock
+from dreambooth.callbacks.sample_grid import SampleGrid
 from dreambooth.evaluation import FOLDER, METRICS
 from dreambooth.files import atomic
 from dreambooth.module import LOSSES

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dreambooth.data.progress import progress_bar
 from dreambooth.data.views import Shape, View
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, content_key, hash_tensors, sweep
+from dreambooth.progress import progress_bar
 
 log = logging.getLogger(__name__)
 

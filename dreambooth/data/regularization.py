@@ -14,11 +14,11 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from dreambooth.data.progress import progress_bar
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, fault_of, picture_paths, sweep
 from dreambooth.noise import seed_of
 from dreambooth.picture_files import NEWER
+from dreambooth.progress import progress_bar
 from dreambooth.sampling import draw
 
 log = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from dreambooth.data.progress import progress_bar
 from dreambooth.pocket.scenes import Scenes, to_float
 from dreambooth.pocket.stage import Stage
+from dreambooth.progress import progress_bar
 
 CHANNELS = 16  # of the latents, at an eighth of the side
 

@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dreambooth.data.progress import progress_bar
 from dreambooth.noise import generator, stratified
 from dreambooth.objective import Diffusion
 from dreambooth.pocket.autoencoder import CHANNELS, sample
 from dreambooth.pocket.imagetext import WIDTH, tokenize
 from dreambooth.pocket.scenes import Scenes
 from dreambooth.pocket.stage import Stage
+from dreambooth.progress import progress_bar
 from dreambooth.weighting import min_snr
 
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from dreambooth.data.progress import progress_bar
 from dreambooth.noise import seed_of
 from dreambooth.pocket.backgrounds import CONTEXTS
 from dreambooth.pocket.figures import CLASSES
 from dreambooth.pocket.scenes import tensor_of, to_float
 from dreambooth.pocket.stage import Stage
 from dreambooth.pocket.world import draw, place, random_figure
+from dreambooth.progress import progress_bar
 
 TEMPERATURE = 0.1
 

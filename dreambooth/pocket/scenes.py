@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreambooth.data.progress import progress_bar
 from dreambooth.noise import seed_of
 from dreambooth.pocket.backgrounds import CONTEXTS
 from dreambooth.pocket.figures import CLASSES
 from dreambooth.pocket.world import COLOURS, PLAIN, SIZE, Odds, Scene, draw, random_scene
+from dreambooth.progress import progress_bar
 
 NOUNS, HUES, PLACES = tuple(CLASSES), tuple(COLOURS), tuple(CONTEXTS)
 

@@ -1,4 +1,4 @@
-"""One kind of progress bar for every long step before training."""
+"""One kind of progress bar for every long step beside training."""
 
 import sys
 
