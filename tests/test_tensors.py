@@ -109,7 +109,7 @@ def test_a_rank_that_does_not_share_the_run_folder_says_so(tmp_path: Path) -> No
         broadcast=lambda _: str(tmp_path / "elsewhere" / "some.tmp"), reduce_boolean_decision=lambda decision: decision
     )
     rank = SimpleNamespace(strategy=strategy, global_rank=1, world_size=2)
-    layout = SimpleNamespace(cut=True, entries=entries)
+    layout = SimpleNamespace(sharded=True, entries=entries)
     with pytest.raises(UserError, match=r"some\.ckpt: its folder is not here.*does not share it$"):
         checkpoint._write(rank, tmp_path / "some.ckpt", None, layout, {})
 

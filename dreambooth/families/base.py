@@ -101,9 +101,10 @@ def own_weights(network: nn.Module) -> dict[str, Tensor]:
 
 def recompute_activations(network: nn.Module) -> None:
     """Switch on gradient checkpointing, under its name in diffusers, transformers 5 or transformers 4."""
-    if hasattr(network, "enable_gradient_checkpointing"):
-        network.enable_gradient_checkpointing()
-    elif hasattr(network, "activation_checkpointing_enable"):
-        network.activation_checkpointing_enable()
+    known: Any = network
+    if hasattr(known, "enable_gradient_checkpointing"):
+        known.enable_gradient_checkpointing()
+    elif hasattr(known, "activation_checkpointing_enable"):
+        known.activation_checkpointing_enable()
     else:  # by whose default an adapter behind frozen embeddings would have no gradient
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        known.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
