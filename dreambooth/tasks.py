@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
@@ -23,6 +23,7 @@ from dreambooth.callbacks.checkpoint import FOLDER, Checkpoint, newest
 from dreambooth.config import build
 from dreambooth.data import checks
 from dreambooth.data.datamodule import DreamBoothDataModule
+from dreambooth.devices import keep_freed_memory
 from dreambooth.errors import UserError, about
 from dreambooth.module import DreamBoothModule
 from dreambooth.parallel.checkpoint import Resume, same_batch
@@ -149,8 +150,7 @@ def make_callbacks(cfg: DictConfig) -> list[pl.Callback]:
 
 def requeues(cfg: DictConfig) -> bool:
     """Whether a SLURM job that is told to go on later puts itself back into the queue."""
-    preemption = cfg.callbacks.get("preemption")
-    return preemption is not None and preemption.requeue
+    return bool(OmegaConf.select(cfg, "callbacks.preemption.requeue"))
 
 
 def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[pl.Callback], max_steps: int) -> pl.Trainer:
@@ -187,6 +187,7 @@ def fit(trainer: pl.Trainer, module: DreamBoothModule, data: DreamBoothDataModul
 
     ``same_again`` is whether the same command goes on: with ``resume=false`` it would begin afresh.
     """
+    keep_freed_memory(trainer.strategy.root_device)
     with ended_by_sigterm(trainer):
         try:
             trainer.fit(module, datamodule=data)

@@ -5,8 +5,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from dreambooth import UserError, compose, config, train
 from dreambooth.data.pairs import Role
@@ -229,6 +231,17 @@ def test_samples_show_every_subject_and_every_class_once() -> None:
     assert prompts_of_each(asked, None) == prompts_of_each(asked, [dog]) == asked
     cfg = compose(["model/data=pocket_two"])
     assert len(config.build(cfg.callbacks.sample_grid)(cfg).prompts) == 2 * len(cfg.callbacks.sample_grid.prompts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 28])
+def test_samples_are_the_same_however_many_are_drawn_at_once(tiny: StableDiffusion, batch_size: int) -> None:
+    cfg = compose(["callbacks.sample_grid.inference_steps=2", "callbacks.sample_grid.resolution=16"])
+    grids = []
+    for size in (None, batch_size):
+        node = OmegaConf.merge(cfg.callbacks.sample_grid, {"batch_size": size, "prompts": [DOG, "a dog", "the moon"]})
+        grids.append(np.array([[np.array(one) for one in row] for row in config.build(node)(cfg)._draw(tiny)], int))
+    assert grids[0].shape[:2] == (3, cfg.callbacks.sample_grid.num_images_per_prompt)
+    assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
 def test_a_prompt_that_the_others_cannot_be_asked_is_refused(tiny_sd: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """samples/: the same prompts and seeds, again and again while the model learns."""
 
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ class SampleGrid(pl.Callback):
     """Draw ``samples/step_000000.png`` before training, one every ``every_n_train_steps`` (null: none), one at the end.
 
     In float32, with the averaged weights where they are kept; a grid that exists is not drawn again. Only the first
-    rank draws, while the others wait in their next step. Of several subjects each has the first one's prompts, in
-    its own words. ``seconds`` is the time spent here in this process.
+    rank draws, while the others wait in their next step, ``batch_size`` pictures at once (null: those of a prompt). Of
+    several subjects each has the first one's prompts, in its own words. ``seconds`` is the time spent here in this
+    process.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class SampleGrid(pl.Callback):
         sampler_type: str,
         resolution: int,
         guidance_rescale: float = 0.0,
+        batch_size: int | None = None,
     ) -> None:
         self.prompts = prompts_of_each(
             read_prompts(prompts, "callbacks.sample_grid.prompts"), cfg.model.data.get("subjects")
         )
         self.every, self.count = every_n_train_steps, num_images_per_prompt
+        self.batch_size = batch_size or num_images_per_prompt
         self.seed, self.steps, self.guidance = seed, inference_steps, unconditional_guidance_scale
         self.guidance_rescale, self.sampler_type, self.resolution = guidance_rescale, sampler_type, resolution
         self.seconds = 0.0
@@ -78,20 +82,21 @@ class SampleGrid(pl.Callback):
         self.seconds += time.perf_counter() - began
 
     def _draw(self, family: Family) -> list[list[Image.Image]]:
-        pipeline, rows = family.to_pipeline(), []
-        with progress_bar(len(self.prompts) * self.count, "drawing samples", "picture") as bar:
+        """A row of pictures for each prompt."""
+        pipeline, drawn, wanted = family.to_pipeline(), [], list(product(range(len(self.prompts)), range(self.count)))
+        with progress_bar(len(wanted), "drawing samples", "picture") as bar:
             bar.leave = False
-            for number, prompt in enumerate(self.prompts):
-                pictures = draw(
+            for first in range(0, len(wanted), self.batch_size):
+                batch = wanted[first : first + self.batch_size]
+                drawn += draw(
                     pipeline,
-                    [prompt] * self.count,
-                    [picture_seed(self.seed, number, picture) for picture in range(self.count)],
+                    [self.prompts[prompt] for prompt, _ in batch],
+                    [picture_seed(self.seed, prompt, picture) for prompt, picture in batch],
                     steps=self.steps,
                     guidance=self.guidance,
                     guidance_rescale=self.guidance_rescale,
                     sampler_type=self.sampler_type,
                     resolution=self.resolution,
                 )
-                rows.append(pictures)
-                bar.update(self.count)
-        return rows
+                bar.update(len(batch))
+        return [drawn[first : first + self.count] for first in range(0, len(drawn), self.count)]
