@@ -37,7 +37,7 @@ def keep_freed_memory(device: torch.device) -> None:
     """Have glibc keep what a step on a CPU frees (up to 256 MB) for the next one, for as long as this process lives.
 
     By itself it gives it back to the kernel at the end of each step, and the next pays a page fault for every 4 KB:
-    3,400 of them in a step of the pocket model, some 7 % of its time. Nothing happens for another device, or another malloc.
+    3,400 of them in a step of the pocket model, some 7 % of its time. Nothing happens for another device or malloc.
     Source: mallopt(3), https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
