@@ -29,6 +29,8 @@ from tests.tiny import build_tiny_sd
 
 COMPARED = ("ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
 WIDTHS = (96, 192, 384)
+SAVED_BY_DEEPSPEED, READ_BY_DEEPSPEED = "saved by DeepSpeed", "read by DeepSpeed"
+COLUMNS = ("saved", SAVED_BY_DEEPSPEED, "read", READ_BY_DEEPSPEED)
 
 
 class Timed(pl.Callback):
@@ -44,7 +46,8 @@ class Timed(pl.Callback):
         engine: Any = trainer.strategy.model
         if hasattr(engine, "save_checkpoint"):
             theirs = str(self.folder / "theirs")
-            timed(trainer, "saved by DeepSpeed", lambda: engine.save_checkpoint(theirs, exclude_frozen_parameters=True))
+            timed(trainer, SAVED_BY_DEEPSPEED, lambda: engine.save_checkpoint(theirs, exclude_frozen_parameters=True))
+            timed(trainer, READ_BY_DEEPSPEED, lambda: engine.load_checkpoint(theirs, load_module_strict=False))
 
 
 def timed(trainer: pl.Trainer, name: str, work: Callable[[], Any]) -> None:
@@ -104,9 +107,7 @@ if __name__ == "__main__":
         sys.exit()
     with tempfile.TemporaryDirectory() as place:
         build(Path(place) / "model")
-        print("| | saved, s | read, s | saved by DeepSpeed, s |\n|---|---|---|---|")
+        print("| | " + " | ".join(f"{name}, s" for name in COLUMNS) + " |\n" + "|---" * (1 + len(COLUMNS)) + "|")
         for name in COMPARED:
             told = dict(line.rsplit(": ", 1) for line in start(name, Path(place)).splitlines() if ": " in line)
-            print(
-                f"| `{name}` | " + " | ".join(told.get(k, "-") for k in ("saved", "read", "saved by DeepSpeed")) + " |"
-            )
+            print(f"| `{name}` | " + " | ".join(told.get(column, "-") for column in COLUMNS) + " |")

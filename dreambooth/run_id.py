@@ -37,6 +37,7 @@ IRRELEVANT = (
     "callbacks.checkpoint*",
     "callbacks.progress*",
     "callbacks.preemption*",
+    "callbacks.sample_grid.batch_size=*",
     "callbacks/progress*",
     "model.data.num_workers=*",
     "model.data.cached_instance_dir=*",

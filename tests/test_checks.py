@@ -167,7 +167,8 @@ def test_a_folder_may_be_gone_on_with_by_other_ranks(tmp_path: Path) -> None:
         ([], r"^trainer\.devices=1, but torchrun started 2 processes here: type trainer\.devices=2, or .*=1$"),
         (["trainer.devices=2"], r"^trainer\.num_nodes=1, but torchrun started processes on 3 nodes: .*num_nodes=3"),
         (["trainer.devices=2", "trainer.num_nodes=3"], None),
-        (["trainer.devices=auto", "trainer.num_nodes=3"], None),
+        (["trainer.devices=auto", "trainer.num_nodes=3"], r"^trainer\.devices=auto, but torchrun started 2 processes"),
+        (["trainer.devices=-1", "trainer.num_nodes=3"], r"^trainer\.devices=-1, .*: type trainer\.devices=2, or .*=1$"),
     ],
 )
 def test_torchruns_processes_are_those_of_the_trainer(typed, line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,5 +177,18 @@ def test_torchruns_processes_are_those_of_the_trainer(typed, line, monkeypatch: 
     for name, value in {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}.items():
         monkeypatch.setenv(name, value)
     cfg = compose(["trainer.accelerator=cpu", *typed])
+    with pytest.raises(UserError, match=line) if line else nullcontext():
+        checks.check(cfg)
+
+
+@pytest.mark.parametrize(("gpus", "tasks", "line"), [(2, 2, None), (0, 1, None), (0, 2, "1 here"), (4, 2, "4 here")])
+def test_all_devices_are_as_many_as_slurm_starts_tasks(gpus, tasks, line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU each of several would take itself for the only one, and write what the others write."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    job = {"JOB_ID": "7", "JOB_NAME": "train", "STEP_ID": "0", "NNODES": "1", "NTASKS": tasks, "NTASKS_PER_NODE": tasks}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    cfg = compose(["trainer.devices=auto"])
+    line = line and rf"^trainer\.devices=auto is {line}, but SLURM starts {tasks} tasks .*type trainer\.devices={tasks},"
     with pytest.raises(UserError, match=line) if line else nullcontext():
         checks.check(cfg)

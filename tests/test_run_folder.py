@@ -99,6 +99,12 @@ def test_a_run_that_stopped_goes_on_with_another_stop_but_not_for_a_key_that_it_
     assert open_run(settings(**newer | {"callbacks__evaluate__patience": None}), tmp_path) == Run(tmp_path)
 
 
+def test_a_run_from_before_samples_had_a_batch_size_is_gone_on_with(tmp_path: Path) -> None:
+    open_run(settings(), tmp_path)
+    (tmp_path / "metrics.csv").write_text(ROW)
+    assert open_run(settings(callbacks__sample_grid__batch_size=28), tmp_path) == Run(tmp_path)
+
+
 def test_other_settings_are_refused_by_name_and_leave_the_folder_alone(tmp_path: Path) -> None:
     open_run(settings(model__optim__lr=7), tmp_path)
     open_run(settings(), tmp_path)  # nothing but a config: that run never began

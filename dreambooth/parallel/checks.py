@@ -22,6 +22,7 @@ WHOLE = ("auto", "single_device", "ddp", "ddp_find_unused_parameters_false", "dd
 def check(cfg: DictConfig) -> None:
     """Raise UserError for devices that are not there, and for what the strategy cannot do."""
     _check_devices(cfg.trainer)
+    _check_srun(cfg.trainer)
     _check_torchrun(cfg.trainer)
     node = cfg.trainer.strategy
     if OmegaConf.is_dict(node):
@@ -81,13 +82,32 @@ def _card(name: str) -> str:
     return "fsdp" if name.startswith("fsdp") else "ddp"
 
 
+def _check_srun(trainer: Any) -> None:
+    """Raise UserError where ``auto`` is another number than SLURM started; of a number ``slurm.check`` has said it."""
+    if not launched_by_srun() or "TORCHELASTIC_RUN_ID" in os.environ or device_count(trainer.devices) is not None:
+        return
+    here, started = _all_devices(trainer.accelerator), int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
+    if here != started:
+        raise UserError(
+            f"trainer.devices={trainer.devices} is {here} here, but SLURM starts {started} tasks on each node: type "
+            f"trainer.devices={started}, or sbatch --ntasks-per-node={here}"
+        )
+
+
+def _all_devices(accelerator: str) -> int:
+    """What ``trainer.devices=auto`` comes to here; a CPU is one, whatever its cores."""
+    return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())
+
+
 def _check_torchrun(trainer: Any) -> None:
     """Raise UserError when the trainer wants other processes than torchrun started: each would train by itself."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" not in env or "LOCAL_WORLD_SIZE" not in env:
         return
     here, devices = int(env["LOCAL_WORLD_SIZE"]), device_count(trainer.devices)
-    if devices is not None and devices != here:
+    if devices is None:
+        devices = _all_devices(trainer.accelerator)
+    if devices != here:
         raise UserError(
             f"trainer.devices={trainer.devices}, but torchrun started {here} processes here: type "
             f"trainer.devices={here}, or torchrun --nproc-per-node={devices}"
