@@ -189,6 +189,8 @@ def test_all_devices_are_as_many_as_slurm_starts_tasks(gpus, tasks, line, monkey
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     cfg = compose(["trainer.devices=auto"])
-    line = line and rf"^trainer\.devices=auto is {line}, but SLURM starts {tasks} tasks .*type trainer\.devices={tasks},"
+    line = (
+        line and rf"^trainer\.devices=auto is {line}, but SLURM starts {tasks} tasks .*type trainer\.devices={tasks},"
+    )
     with pytest.raises(UserError, match=line) if line else nullcontext():
         checks.check(cfg)

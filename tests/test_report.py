@@ -27,7 +27,7 @@ from dreambooth.report.scores import verdicts
 from dreambooth.report.task import report
 from dreambooth.run_folder import open_run
 from dreambooth.run_id import run_id
-from tests.runs import PROMPT, make_run
+from tests.runs import CLASS, PROMPT, make_run
 
 MOST = 5_000_000  # bytes
 VOID = {"meta", "link", "img", "br", "path", "rect", "circle"}
@@ -91,6 +91,18 @@ def test_the_page_says_the_order_of_averaging(run: Path) -> None:
         summary["metrics"] |= {"average": average, "encoders": {"dino": "a ViT"}}
         path.write_text(json.dumps(summary))
         assert said in page_of(run).text
+
+
+def test_every_prompt_of_the_class_is_shown(run: Path) -> None:
+    scores = run / "evaluation" / "scores.jsonl"
+    rows = [json.loads(line) for line in scores.read_text().splitlines()]
+    for row in rows:
+        if row["role"] == "class" and row["picture_index"] == 2:
+            row["prompt"] = "a photo of a teapot"
+    scores.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(run)
+    assert f"“{CLASS}”" in page.sections["class"]
+    assert "“a photo of a teapot”" in page.sections["class"]
 
 
 def test_everything_is_on_one_page_that_needs_nothing_else(run: Path) -> None:

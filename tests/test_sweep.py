@@ -13,7 +13,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import MissingConfigException
 
 from dreambooth import cli, nearest
+from dreambooth.benchmark import results
 from dreambooth.config import CONF
+from dreambooth.metrics.method import ways
 from dreambooth.report.sweep import finish
 from tests.runs import make_run
 from tests.tiny import short_run
@@ -73,6 +75,31 @@ def test_benchmarks_show_the_mean_of_their_subjects(tmp_path: Path) -> None:
         ["1", "**0.600** (0.400 to 0.700)", "b"],
     ]
     assert not (tmp_path / "comparison.html").exists()
+
+
+def test_pages_of_benchmarks_call_a_subjects_runs_by_their_settings_and_say_how_they_were_measured(
+    tmp_path: Path,
+) -> None:
+    records = []
+    for prior in ("true", "false"):
+        run = make_run(tmp_path / prior / "dog")
+        told = json.loads((run / "summary.json").read_text())
+        told["metrics"] |= {"encoders": {"dino": "a ViT"}, "text": "class", "average": "pictures"}
+        (run / "summary.json").write_text(json.dumps(told))
+        rows = results.table({"dog": run})
+        results.write(tmp_path / prior, rows, ways([results.measured(run)]))
+        records.append(record(tmp_path / prior, f"model.with_prior_preservation={prior}", "seed=1", task="benchmark"))
+    finish(tmp_path, records)
+    page = (tmp_path / "comparison-dog.html").read_text()
+    for prior in ("true", "false"):
+        assert page.count(f"with_prior_preservation {prior}") > 8  # the row, the column, the curve, the pictures
+    assert ">dog<" not in page
+    how = "easured by dino: a ViT; clip_t's prompt is taken without the rare word; means count every picture once."
+    for text in (
+        page.replace("&#39;", "'"),
+        *((tmp_path / name).read_text() for name in ("paired.md", "true/benchmark.md")),
+    ):
+        assert how in text
 
 
 @pytest.fixture

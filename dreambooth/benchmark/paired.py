@@ -16,6 +16,7 @@ from dreambooth.benchmark.results import measured, names_of
 from dreambooth.files import atomic
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.measure import read_scores
+from dreambooth.metrics.method import ways
 
 Unit = tuple[str, str]  # subject, seed
 Scores = dict[tuple[Any, ...], dict[str, float | None]]  # (role, prompt number, picture number) to the scores
@@ -29,6 +30,7 @@ class Outcome:
     units: dict[Unit, Scores]
     seconds: float | None
     megabytes: float | None
+    metrics: list[dict[str, Any]]  # of its units' summaries: they say how they were measured
 
 
 def outcome(label: str, folders: Mapping[str, Path]) -> Outcome:
@@ -40,7 +42,8 @@ def outcome(label: str, folders: Mapping[str, Path]) -> Outcome:
         if measured(run) is not None
     }
     seconds, sizes = ([read(run) for run in runs.values()] for read in (_seconds, _size))
-    return Outcome(label, {unit: _scores(run) for unit, run in runs.items()}, mean(seconds), mean(sizes))
+    metrics = [found for run in runs.values() if (found := measured(run)) is not None]
+    return Outcome(label, {unit: _scores(run) for unit, run in runs.items()}, mean(seconds), mean(sizes), metrics)
 
 
 def outcomes_of(records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
@@ -62,8 +65,9 @@ def outcomes_of(records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
 
 def write(folder: Path, records: Sequence[Mapping[str, Any]]) -> str:
     """paired.md and paired.csv of a sweep over benchmarks; the text of the former."""
-    rows = compare(outcomes_of(records))
-    text = markdown(rows)
+    outcomes = outcomes_of(records)
+    rows = compare(outcomes)
+    text = markdown(rows, ways(metrics for each in outcomes for metrics in each.metrics))
     with atomic(folder / "paired.md") as path:
         path.write_text(text)
     with atomic(folder / "paired.csv") as path, path.open("w", newline="") as file:
@@ -93,8 +97,8 @@ def compare(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Two tables: means with their 95 % intervals, and paired differences from the first row."""
+def markdown(rows: Sequence[Mapping[str, Any]], method: str) -> str:
+    """Two tables: means with their 95 % intervals, and paired differences from the first row; and the ``method``."""
     names = [name for name in rows[0] if f"{name}_difference" in rows[0]]
     head = "| | " + " | ".join(names) + " |"
     rule = "|---" * (len(names) + 1) + "|"
@@ -108,7 +112,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [_cell(row[f"{name}_difference"], row[f"{name}_difference_interval"], "+") for name in names]
         apart.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     units = f"Means over {', '.join(sorted({str(row['units']) for row in rows}))} trainings (subjects x seeds)."
-    return "\n".join([units, "", *means, *([""] if apart else []), *apart]) + "\n"
+    return "\n".join([f"{units} {method}".strip(), "", *means, *([""] if apart else []), *apart]) + "\n"
 
 
 def _scores(run: Path) -> Scores:

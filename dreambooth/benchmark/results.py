@@ -52,15 +52,15 @@ def names_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return [name for name in every if name != "subject" and not name.endswith("_interval")]
 
 
-def write(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """benchmark.csv, benchmark.json and benchmark.md in ``folder``; the last one's text."""
+def write(folder: Path, rows: list[dict[str, Any]], method: str = "") -> str:
+    """benchmark.csv, benchmark.json and benchmark.md in ``folder``; the last one's text, with the ``method`` below."""
     with atomic(folder / "benchmark.csv") as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["subject", *names_of(rows)], lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     with atomic(folder / "benchmark.json") as path:
         path.write_text(json.dumps(rows, indent=2) + "\n")
-    text = markdown(rows)
+    text = markdown(rows) + (f"\n\n{method} The paper's rows are by encoders of its own." if method else "")
     with atomic(folder / "benchmark.md") as path:
         path.write_text(text + "\n")
     return text

@@ -15,6 +15,7 @@ from dreambooth.benchmark import results, shared
 from dreambooth.benchmark.protocol import Task, tasks_of
 from dreambooth.config import same_command
 from dreambooth.errors import UserError
+from dreambooth.metrics.method import ways
 from dreambooth.run_folder import FOLDER_VARIABLE
 from dreambooth.slurm import device_count
 from dreambooth.tasks import train
@@ -81,7 +82,7 @@ def write_tables(folder: Path, tasks: list[Task]) -> Benchmark:
     folders = {task.name: folder / task.name for task in tasks}
     rows: list[dict[str, Any]] = []
     while len(rows) < len(now := results.table(folders)):  # again if another process finished one meanwhile
-        rows, text = now, results.write(folder, now)
+        rows, text = now, results.write(folder, now, ways(filter(None, map(results.measured, folders.values()))))
     on_the_way = results.write_curves(folder, results.curves(folders))
     done = len(rows) - 3
     log.info("%d of %d subjects\n%s\n%s", done, len(tasks), text, on_the_way)

@@ -13,6 +13,7 @@ from PIL import Image
 from dreambooth.errors import UserError
 from dreambooth.files import atomic, distinct_names, list_pictures, open_picture
 from dreambooth.metrics.intervals import mean
+from dreambooth.metrics.method import how_measured
 from dreambooth.metrics.pictures import Pictures
 from dreambooth.metrics.suite import Row, Suite
 from dreambooth.picture_files import Settings, describe, numbered_paths
@@ -218,11 +219,7 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 def _footnotes(metrics: Mapping[str, Any]) -> list[str]:
     """By what was measured, which the numbers depend on, and why diversity is missing."""
-    by = "; ".join(f"{name}: {what}" for name, what in metrics["encoders"].items())
-    rare = "without" if metrics["text"] == "class" else "with"
-    once = "prompt (the mean of its pictures)" if metrics.get("average") == "prompts" else "picture"
-    notes = [f"measured by {by}; clip_t's prompt is taken {rare} the rare word; means count every {once} once"]
-    notes = notes if by else []
+    notes = [said] if (said := how_measured(metrics)) else []
     if "lpips" in metrics["encoders"] and metrics["after"].get("div", 0) is None:
         notes.append("div is undefined: there is no second picture of any prompt")
     return notes

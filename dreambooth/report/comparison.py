@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from dreambooth.metrics.method import ways
 from dreambooth.report.charts import WIDE, Chart, Line, chart, smooth, thinned
 from dreambooth.report.page import REPORT
 from dreambooth.report.pictures import Album, Shot
@@ -73,6 +74,7 @@ def comparison_html(runs: Sequence[RunData], page: Path) -> str:
         prompt=prompt,
         pictures_shown=shown,
         wall=wall,
+        method=ways([run.summary.get("metrics") or {} for run in runs]),
         hung=rows[: WALL[1]],
     )
 

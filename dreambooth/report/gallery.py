@@ -38,11 +38,12 @@ def before_after(run: RunData, album: Album) -> tuple[list[PromptRow], int]:
     return [row for row in rows if row.pairs], max(0, len(prompts) - MOST_PROMPTS)
 
 
-def class_pictures(run: RunData, album: Album) -> PromptRow | None:
-    """The pictures of the class prompt, before and after."""
-    prompts = _by_prompt(run, "class")
-    row = _prompt_row(run, album, prompts[0], MOST_OF_CLASS, 260, "pres") if prompts else None
-    return row if row and row.pairs else None
+def class_pictures(run: RunData, album: Album) -> list[PromptRow]:
+    """The pictures of each class prompt, before and after."""
+    prompts = _by_prompt(run, "class")[:MOST_PROMPTS]
+    most = MOST_OF_CLASS if len(prompts) == 1 else MOST_OF_A_PROMPT
+    rows = [_prompt_row(run, album, rows, most, 260, "pres") for rows in prompts]
+    return [row for row in rows if row.pairs]
 
 
 def typical(run: RunData, album: Album) -> Pair | None:

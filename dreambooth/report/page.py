@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from dreambooth.metrics.method import ways
 from dreambooth.report import gallery
 from dreambooth.report.curves import charts
 from dreambooth.report.pictures import Album
@@ -48,7 +49,7 @@ def _sections(run: RunData, album: Album) -> dict[str, Any]:
         "typical": gallery.typical(run, album),
         "prompts": rows,
         "prompts_left_out": left_out,
-        "class_row": gallery.class_pictures(run, album),
+        "class_rows": gallery.class_pictures(run, album),
         "photos": gallery.photos(run, album),
         "photos_gone": bool(run.scores) and not run.photos,
         "nearest": gallery.nearest_pairs(run, album),
@@ -56,9 +57,7 @@ def _sections(run: RunData, album: Album) -> dict[str, Any]:
         "charts": charts(run),
         "table": _table(run),
         "sets": SETS,
-        "encoders": run.summary.get("metrics", {}).get("encoders") or {},
-        "clip_text": run.summary.get("metrics", {}).get("text"),
-        "average": run.summary.get("metrics", {}).get("average"),
+        "method": ways([run.summary.get("metrics", {})]),
         "times": _times(run),
         "counts": _counts(run),
         "versions": run.summary.get("versions") or {},

@@ -25,7 +25,8 @@ class RunData:
     """What lies in a run folder.
 
     ``steps`` and ``curves`` are the columns of metrics.csv and curves.csv (None for an empty cell), ``scores`` the rows
-    of scores.jsonl, ``samples`` the grids in the order of their steps.
+    of scores.jsonl, ``samples`` the grids in the order of their steps. ``label`` is what the run is called beside
+    others, where that is not its folder's name.
     """
 
     folder: Path
@@ -38,11 +39,12 @@ class RunData:
     summary: dict[str, Any]
     scores: list[Row]
     samples: list[Path]
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """The name of the folder."""
-        return self.folder.name
+        """The label, else the name of the folder."""
+        return self.label or self.folder.name
 
     def setting(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key."""

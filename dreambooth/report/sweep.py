@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +157,20 @@ def _columns(rows: list[Row]) -> tuple[list[str], list[str], list[str]]:
 def compare(folder: Path, rows: list[Row]) -> None:
     """comparison.html of the runs that ended well; of benchmarks a page a subject, under the first seed only."""
     first = next((row.settings["seed"] for row in rows if "seed" in row.settings), None)
-    pages: dict[str, dict[Path, None]] = {}
+    pages: dict[str, dict[Path, str]] = {}
     for row in rows:
         if (row.folder / "summary.json").exists():
-            pages.setdefault(COMPARISON, {})[row.folder] = None
+            pages.setdefault(COMPARISON, {})[row.folder] = ""
         elif row.settings.get("seed", first) == first:
             for run in sorted(path.parent for path in row.folder.glob("*/summary.json")):
-                pages.setdefault(f"comparison-{run.name}.html", {})[run] = None
+                pages.setdefault(f"comparison-{run.name}.html", {})[run] = _label(row, run.name)
     for name, runs in pages.items():
         if len(runs) > 1:
-            write(folder / name, comparison_html([read_run(run) for run in runs], folder / name))
+            labelled = [replace(read_run(run), label=label) for run, label in runs.items()]
+            write(folder / name, comparison_html(labelled, folder / name))
+
+
+def _label(row: Row, subject: str) -> str:
+    """A subject's run by the settings of its job: all its runs lie in folders of one name."""
+    told = [f"{key.rpartition('.')[2]} {value}" for key, value in row.settings.items() if key != "seed"]
+    return ", ".join(told) or subject
