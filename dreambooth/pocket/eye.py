@@ -8,13 +8,16 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from dreambooth.noise import seed_of
+from dreambooth.pocket import ready
+from dreambooth.pocket.autoencoder import reconstruct
 from dreambooth.pocket.backgrounds import CONTEXTS
 from dreambooth.pocket.figures import CLASSES
-from dreambooth.pocket.scenes import tensor_of, to_float
+from dreambooth.pocket.scenes import PLACES, tensor_of, to_float
 from dreambooth.pocket.stage import Stage
 from dreambooth.pocket.world import draw, place, random_figure
 from dreambooth.progress import progress_bar
@@ -86,3 +89,40 @@ def triplet_accuracy(model: VisionTransformer, views: Tensor) -> float:
         right += int((same[:, :, None] > different[:, None, :]).sum())
         total += same.numel() * different.shape[1]
     return right / total
+
+
+def subject_triplets(model: VisionTransformer) -> float:
+    """As ``triplet_accuracy``, of each ready subject's photographs against 100 random individuals of its class."""
+    right = []
+    for name, figure in ready.SUBJECTS.items():
+        own = _photographs(model, name)
+        rng = Random(seed_of(name, "strangers"))
+        scenes = [place(random_figure(rng, figure.noun), rng.choice(PLACES), i) for i in range(100)]
+        others = features(model, to_float(torch.stack([tensor_of(draw(scene)) for scene in scenes])))
+        right += _nearer(own, own, others)
+    return torch.stack(right).mean().item()
+
+
+def marks_survive(model: VisionTransformer, vae: AutoencoderKL) -> float:
+    """Share of (a, b, c) where the reconstruction of a is closer to b than to c.
+
+    a and b are two photographs of a ready subject, c one of another ready subject of its class.
+    """
+    nouns = {name: figure.noun for name, figure in ready.SUBJECTS.items()}
+    right = []
+    for name, other in ((one, two) for one in nouns for two in nouns if one != two and nouns[one] == nouns[two]):
+        right += _nearer(_photographs(model, name, vae), _photographs(model, name), _photographs(model, other))
+    return torch.stack(right).mean().item()
+
+
+def _photographs(model: VisionTransformer, name: str, vae: AutoencoderKL | None = None) -> Tensor:
+    """Features of a ready subject's photographs, as they are or as an autoencoder gives them back."""
+    pixels = to_float(torch.stack([tensor_of(picture) for picture in ready.photographs(name)]))
+    return features(model, pixels if vae is None else reconstruct(vae, pixels))
+
+
+def _nearer(seen: Tensor, own: Tensor, others: Tensor) -> list[Tensor]:
+    """For each row of ``seen``, how often it is closer to another photograph of its own than to one of the others."""
+    same, different = seen @ own.T, seen @ others.T
+    elsewhere = ~torch.eye(len(own), dtype=torch.bool)  # not the photograph that it is of
+    return [(same[i][elsewhere[i]][:, None] > different[i][None]).float().mean() for i in range(len(own))]

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from random import Random
 from typing import Any, TypeVar
 
 import open_clip
@@ -26,12 +25,11 @@ from dreambooth.errors import UserError
 from dreambooth.families.folder import quiet
 from dreambooth.families.sd import StableDiffusion
 from dreambooth.files import atomic
-from dreambooth.noise import seed_of
 from dreambooth.pocket import autoencoder, denoiser, encoders, eye, imagetext, judge, ready, words
 from dreambooth.pocket.backgrounds import CONTEXTS
-from dreambooth.pocket.scenes import HUES, NOUNS, PLACES, Scenes, tensor_of, to_float
+from dreambooth.pocket.scenes import HUES, NOUNS, PLACES, Scenes, to_float
 from dreambooth.pocket.stage import Stage, fit
-from dreambooth.pocket.world import RICH, draw, place, random_figure
+from dreambooth.pocket.world import RICH
 from dreambooth.run_folder import flatten
 
 log = logging.getLogger(__name__)
@@ -46,6 +44,7 @@ GATES = {
     "reconstructed_context": 0.97,
     "triplets_individuals": 0.95,
     "triplets_subjects": 0.95,
+    "marks_survive": 0.95,
     "base_class": 0.95,
     "base_colour": 0.90,
     "base_context": 0.95,
@@ -106,29 +105,16 @@ def imagetext_gate(world: _World, tokenizer: CLIPTokenizer) -> open_clip.CLIP:
     return stage.model
 
 
-def eye_gate(world: _World) -> VisionTransformer:
-    """The ViT: triplets of random individuals of one class, and of the ready subjects."""
+def eye_gate(world: _World, vae: AutoencoderKL) -> VisionTransformer:
+    """The ViT: triplets of random individuals of one class, and of the ready subjects, whose marks survive the VAE."""
     views = eye.individuals(world.steps.individuals, 4, "train")
     model = world.fitted(lambda: eye.EyeStage(views, world.steps.eye, world.seed)).model
     world.report(
         triplets_individuals=eye.triplet_accuracy(model, eye.individuals(160, 4, "held-out")),
-        triplets_subjects=_subject_triplets(model),
+        triplets_subjects=eye.subject_triplets(model),
+        marks_survive=eye.marks_survive(model, vae),
     )
     return model
-
-
-def _subject_triplets(model: VisionTransformer) -> float:
-    """Each ready subject's photographs against drawings of random individuals of its class."""
-    right = []
-    for name, figure in ready.SUBJECTS.items():
-        own = eye.features(model, to_float(torch.stack([tensor_of(p) for p in ready.photographs(name)])))
-        rng = Random(seed_of(name, "strangers"))
-        scenes = [place(random_figure(rng, figure.noun), rng.choice(PLACES), i) for i in range(100)]
-        others = eye.features(model, to_float(torch.stack([tensor_of(draw(scene)) for scene in scenes])))
-        same, different = own @ own.T, own @ others.T
-        pairs = ~torch.eye(len(own), dtype=torch.bool)
-        right += [(same[i][pairs[i]][:, None] > different[i][None]).float().mean() for i in range(len(own))]
-    return torch.stack(right).mean().item()
 
 
 def denoiser_gate(
@@ -227,7 +213,7 @@ def pretrain(cfg: DictConfig) -> Path:
     referee = judge_gate(world)
     vae, moments = autoencoder_gate(world, referee)
     clip = imagetext_gate(world, tokenizer)
-    vit = eye_gate(world)
+    vit = eye_gate(world, vae)
     pipe = denoiser_gate(world, vae, moments, imagetext.text_encoder(clip, tokenizer), tokenizer)
     shares, _ = obeys(pipe, referee, settings.every_nth_prompt)
     world.report(**{f"base_{name}": value for name, value in shares.items()})
