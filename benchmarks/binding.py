@@ -2,9 +2,9 @@
 
     python benchmarks/binding.py [--subjects dog cat2] [--without-prior] [--out outputs/binding] [OVERRIDE ...]
 
-For each subject the default job runs to its last step, unmeasured on the way; then the untouched base and the result draw the same prompts with the same seeds:
-the instance prompt alone and in each of the six places, and the class prompt, four or eight pictures each. Printed, and
-written to OUT/binding.json:
+For each subject the default job runs to its last step, unmeasured on the way; then the untouched base and the result
+draw the same prompts with the same seeds: the instance prompt alone and in each of the six places, and the class
+prompt, four or eight pictures each. Printed, and written to OUT/binding.json:
 
 likeness  mean cosine of generated and real pictures in the ViT's features: base, after, real against real (no picture
           with itself), and the share of the way from base to real that the run covered
