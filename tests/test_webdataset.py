@@ -236,6 +236,18 @@ def test_a_resumed_stream_goes_on_at_the_same_picture(tmp_path: Path, sizes: lis
             assert batches(rank, first_step, 10) == unbroken[2 * first_step :][:10]
 
 
+@pytest.mark.filterwarnings(FORK_WARNING)
+@pytest.mark.parametrize("fault", ["picture", "shard"])
+def test_what_a_worker_says_of_its_shard_is_one_line_in_the_run_too(tmp_path: Path, fault: str) -> None:
+    path = write_tar(tmp_path / "s.tar", {"a.jpg": b"junk"})
+    if fault == "shard":
+        path.write_bytes(Path(write_shards(tmp_path / "whole", [3])[0]).read_bytes()[:700])
+    loader = DataLoader(stream([shard_role("instance", [str(path)])]), batch_size=None, num_workers=1)
+    words = "a.jpg cannot be read" if fault == "picture" else " cannot be read to its end"
+    with pytest.raises(UserError, match=rf"^(shard )?{path}/?{words} [^\n]*$"):
+        next(iter(loader))
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_sd: Path) -> StableDiffusion:
     return StableDiffusion(str(tiny_sd))
