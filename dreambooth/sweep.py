@@ -38,6 +38,7 @@ NO_END = "did not end"  # the error of a job while it runs
 DECISIVE = (
     "task experiment model model.from_pretrained model.revision trainer trainer.devices trainer.num_nodes".split()
 )
+ALLOTTED = {"num_nodes": "nodes", "devices": "tasks_per_node"}  # the launcher's words for keys of the trainer
 
 
 class Outcome(NamedTuple):
@@ -59,6 +60,8 @@ class SweepTable(Callback):
         try:
             for job in jobs(config):  # before some are submitted that would wait for their turn to say so
                 refuse(job, config.hydra)
+                if submits(config.hydra):
+                    allotted(job, config.hydra)
                 hub.check(job)
             if submits(config.hydra) and shutil.which("srun") is None:
                 raise UserError("hydra/launcher=slurm: there is no srun here; type it on a login node of the cluster")
@@ -150,6 +153,26 @@ def refuse(cfg: Any, hydra_node: Any) -> None:
         raise UserError(
             f"trainer.devices={cfg.trainer.devices} in a sweep: its processes would each begin the sweep anew; type "
             "hydra/launcher=slurm, or put torchrun --nproc-per-node in front of launch.py"
+        )
+
+
+def allotted(cfg: Any, hydra_node: Any) -> None:
+    """Raise UserError for a job that wants other processes than the launcher asks SLURM for; it would queue to say so.
+
+    All jobs are submitted with the same numbers: those of the tree in which nothing is swept.
+    """
+    for key, word in ALLOTTED.items() if task_of(cfg.task).distributed else ():
+        wanted, given = device_count(cfg.trainer[key]), hydra_node.launcher[word]
+        if wanted is None or given is None or wanted == given:
+            continue
+        if any(typed.lstrip("+").startswith(f"hydra.launcher.{word}=") for typed in hydra_node.overrides.hydra):
+            raise UserError(
+                f"trainer.{key}={wanted}, but hydra.launcher.{word}={given}: type trainer.{key}={given}, or leave "
+                f"hydra.launcher.{word} out"
+            )
+        raise UserError(
+            f"trainer.{key}={wanted} in a sweep whose jobs are all submitted with {given}: type one sweep for each "
+            f"number, as in -m trainer.{key}={wanted}"
         )
 
 

@@ -126,6 +126,41 @@ def test_processes_that_lightning_would_start_are_refused(sweep, tmp_path: Path)
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("trainer.num_nodes=1,2", "trainer.num_nodes=2 in a sweep whose jobs are all submitted with 1: type one sweep"),
+        ("trainer.num_nodes=2,4", "trainer.num_nodes=2 in a sweep whose jobs are all submitted with 1: type one sweep"),
+        ("trainer.devices=1,2", "trainer.devices=2 in a sweep whose jobs are all submitted with 1: type one sweep"),
+        ("hydra.launcher.nodes=2", "trainer.num_nodes=1, but hydra.launcher.nodes=2: type trainer.num_nodes=2, or"),
+    ],
+)
+def test_jobs_that_would_be_submitted_with_other_processes_are_refused(sweep, tmp_path, typed: str, line: str) -> None:
+    pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    code, out, err = sweep("hydra/launcher=slurm", "seed=1,2", typed)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"dreambooth: {line}")
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["trainer.num_nodes=2", "trainer.devices=4"],
+        ["trainer.num_nodes=2", "hydra.launcher.nodes=2"],
+        ["trainer.devices=[0,1]", "hydra.launcher.tasks_per_node=2"],
+        ["trainer.devices=auto", "hydra.launcher.tasks_per_node=4"],
+        ["trainer.num_nodes=2", "hydra.launcher.nodes=null"],
+        ["task=benchmark", "hydra.launcher.tasks_per_node=2"],
+    ],
+)
+def test_jobs_that_are_submitted_with_their_processes_are_not(sweep, tmp_path: Path, typed: list[str]) -> None:
+    """They come as far as srun, which is not here."""
+    pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    code, _, err = sweep("hydra/launcher=slurm", "seed=1,2", *typed)
+    assert (code, err.count("\n"), "there is no srun here" in err) == (2, 1, True), err
+
+
 def test_a_model_that_the_jobs_would_not_find_is_refused_before_they_are_submitted(sweep, tmp_path: Path) -> None:
     pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
     code, out, err = sweep("hydra/launcher=slurm", "model.from_pretrained=nobody/nothing", "model.revision=main")
