@@ -42,11 +42,15 @@ ALLOTTED = {"num_nodes": "nodes", "devices": "tasks_per_node"}  # the launcher's
 
 
 class Outcome(NamedTuple):
-    """What became of a job: its run folder, or the line that says why there is none, and its exit code."""
+    """What became of a job: its run folder, or the line that says why there is none, and its exit code.
+
+    ``alike`` is whether every rank comes to the same error by itself, so that none waits for another.
+    """
 
     folder: str | None
     error: str | None = None
     code: int = 0
+    alike: bool = False
 
 
 class SweepTable(Callback):

@@ -14,6 +14,7 @@ from hydra.errors import MissingConfigException
 
 from dreambooth import cli, nearest
 from dreambooth.config import CONF
+from dreambooth.errors import UserError
 from dreambooth.report.sweep import finish
 from tests.runs import make_run
 from tests.tiny import short_run
@@ -292,6 +293,20 @@ def test_a_sweep_of_two_ranks_under_torchrun(tiny_sd: Path, photos: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "outputs" / "dreambooth" / "sweep.csv")
     assert [(row["seed"], row["steps"], row["error"]) for row in rows] == [("1", "2", ""), ("2", "2", "")]
+
+
+@pytest.mark.parametrize(("fails", "jobs"), [("every rank", 2), ("this rank", 1)])
+def test_what_every_rank_refuses_ends_no_sweep_that_torchrun_started(sweep, monkeypatch, fails: str, jobs: int) -> None:
+    """A rank that failed alone would be waited for: it ends, and torchrun the others."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+
+    def task(cfg) -> None:
+        raise UserError(f"model.optim.lr={cfg.model.optim.lr}: no room")
+
+    monkeypatch.setattr(cli, "_task", lambda name: task)
+    code, _, err = sweep("trainer.devices=2", f"model.optim.lr={'-1,-2' if fails == 'every rank' else '1,2'}")
+    assert (code, err.count("dreambooth: model.optim.lr=")) == (0 if fails == "every rank" else 2, jobs), err
 
 
 def test_a_sweep_of_failures_leaves_no_older_table_standing(sweep, tmp_path: Path) -> None:
