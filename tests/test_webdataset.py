@@ -142,6 +142,17 @@ def test_what_is_wrong_with_shards_is_one_line(tmp_path: Path, capfd: pytest.Cap
     assert "no-such-command" in capfd.readouterr().err  # the shell's own word for it
 
 
+@pytest.mark.parametrize(("shard", "program"), [("https://x.org/0.tar", "curl"), ("gs://x/0.tar", "gsutil")])
+def test_a_program_that_fetches_shards_and_is_not_here_is_named(shard, program, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        UserError, match=rf"^{KEY}: shard {shard} is fetched by the program {program}, which is not here"
+    ):
+        inspect([shard], KEY)
+    with pytest.raises(UserError, match=r"cannot be read to its end \(No such file"):
+        list(pictures(f"file://{tmp_path}/0.tar"))
+
+
 @pytest.mark.parametrize(("sizes", "readers"), [([4, 4, 4, 4], 2), ([3, 5, 2], 2), ([7], 3), ([2, 1], 8), ([5, 3], 4)])
 def test_readers_share_the_pictures_and_none_waits_or_starves(tmp_path: Path, sizes: list[int], readers: int) -> None:
     paths = write_shards(tmp_path, sizes)
