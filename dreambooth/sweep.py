@@ -32,6 +32,7 @@ from dreambooth.slurm import device_count, launched_by_srun
 from dreambooth.submitted import Dead, outlast
 from dreambooth.task_table import task_of
 
+log = logging.getLogger(__name__)
 RECORDS = ".sweep"  # in the sweep's folder while it lasts: a file for each job, whichever machine it ran on
 NO_END = "did not end"  # the error of a job while it runs
 # What decides whether a job can start; of what else is swept, one value stands for all.
@@ -62,13 +63,7 @@ class SweepTable(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            for job in jobs(config):  # before some are submitted that would wait for their turn to say so
-                refuse(job, config.hydra)
-                if submits(config.hydra):
-                    allotted(job, config.hydra)
-                hub.check(job)
-            if submits(config.hydra) and shutil.which("srun") is None:
-                raise UserError("hydra/launcher=slurm: there is no srun here; type it on a login node of the cluster")
+            _check(config)
         except UserError as error:
             print(f"dreambooth: {error}", file=sys.stderr)
             sys.exit(2)
@@ -106,6 +101,23 @@ class SweepTable(Callback):
         if failed:
             print(f"dreambooth: {len(failed)} of {len(records)} jobs of the sweep failed", file=sys.stderr)
             sys.exit(max(record["code"] or 1 for record in failed))
+
+
+def _check(config: DictConfig) -> None:
+    """Raise UserError before any job is submitted for what some would wait for their turn to say."""
+    submitted, absent = submits(config.hydra), set()
+    for job in jobs(config):
+        refuse(job, config.hydra)
+        if submitted:
+            allotted(job, config.hydra)
+        hub.check(job)
+        if submitted and (command := hub.download(job)):
+            absent.add(command)
+    if submitted and shutil.which("srun") is None:
+        raise UserError("hydra/launcher=slurm: there is no srun here; type it on a login node of the cluster")
+    if absent:
+        line = "the hub's cache here lacks what the jobs load, and compute nodes seldom have a network: type %s first"
+        log.warning(line, " and ".join(sorted(absent)))
 
 
 def jobs(config: DictConfig) -> Iterator[Any]:

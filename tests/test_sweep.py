@@ -171,6 +171,22 @@ def test_a_model_that_the_jobs_would_not_find_is_refused_before_they_are_submitt
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_model_that_is_not_cached_is_said_before_jobs_are_submitted_that_may_not_find_it(
+    sweep, tmp_path: Path, monkeypatch
+) -> None:
+    """Where there is a network the jobs may have one, too: they are submitted."""
+    pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name, text in {"srun": "exit 0", "sbatch": "echo submitted >&2; exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _, out, err = sweep("hydra/launcher=slurm", "model.from_pretrained=nobody/nothing", "seed=1,2")
+    (line,) = (line for line in out.splitlines() if "cache" in line)
+    assert line.endswith("type hf download nobody/nothing first")
+    assert "submitted" in err
+
+
 @pytest.mark.parametrize("models", ["/nowhere/sd15", "pocket,./nowhere", "nowhere/a/b,pocket"])
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_submitted(sweep, tmp_path: Path, models: str) -> None:
     """Of the values that are swept, too."""
