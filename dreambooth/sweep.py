@@ -23,6 +23,7 @@ from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import hub
 from dreambooth.config import COMPOSITION_ERRORS
@@ -178,8 +179,14 @@ def allotted(cfg: Any, hydra_node: Any) -> None:
     All jobs are submitted with the same numbers: those of the tree in which nothing is swept.
     """
     for key, word in ALLOTTED.items() if task_of(cfg.task).distributed else ():
-        wanted, given = device_count(cfg.trainer[key]), hydra_node.launcher[word]
-        if wanted is None or given is None or wanted == given:
+        wanted = device_count(cfg.trainer[key])
+        try:
+            given = hydra_node.launcher[word]
+        except OmegaConfBaseException:  # a list or auto, which the card hands on
+            raise UserError(
+                f"trainer.{key}={cfg.trainer[key]}: SLURM is asked for a number; type hydra.launcher.{word}=NUMBER, too"
+            ) from None
+        if wanted in (None, given):
             continue
         if any(typed.lstrip("+").startswith(f"hydra.launcher.{word}=") for typed in hydra_node.overrides.hydra):
             raise UserError(

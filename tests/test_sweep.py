@@ -133,6 +133,11 @@ def test_processes_that_lightning_would_start_are_refused(sweep, tmp_path: Path)
         ("trainer.num_nodes=1,2", "trainer.num_nodes=2 in a sweep whose jobs are all submitted with 1: type one sweep"),
         ("trainer.num_nodes=2,4", "trainer.num_nodes=2 in a sweep whose jobs are all submitted with 1: type one sweep"),
         ("trainer.devices=1,2", "trainer.devices=2 in a sweep whose jobs are all submitted with 1: type one sweep"),
+        (
+            "trainer.devices=auto",
+            "trainer.devices=auto: SLURM is asked for a number; type hydra.launcher.tasks_per_node=",
+        ),
+        ("trainer.devices=[0,1]", "trainer.devices=[0, 1]: SLURM is asked for a number; type hydra.launcher.tasks_per"),
         ("hydra.launcher.nodes=2", "trainer.num_nodes=1, but hydra.launcher.nodes=2: type trainer.num_nodes=2, or"),
     ],
 )
@@ -151,7 +156,6 @@ def test_jobs_that_would_be_submitted_with_other_processes_are_refused(sweep, tm
         ["trainer.num_nodes=2", "hydra.launcher.nodes=2"],
         ["trainer.devices=[0,1]", "hydra.launcher.tasks_per_node=2"],
         ["trainer.devices=auto", "hydra.launcher.tasks_per_node=4"],
-        ["trainer.num_nodes=2", "hydra.launcher.nodes=null"],
         ["task=benchmark", "hydra.launcher.tasks_per_node=2"],
     ],
 )
@@ -182,7 +186,7 @@ def test_a_model_that_is_not_cached_is_said_before_jobs_are_submitted_that_may_n
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     _, out, err = sweep("hydra/launcher=slurm", "model.from_pretrained=nobody/nothing", "seed=1,2")
-    (line,) = (line for line in out.splitlines() if "cache" in line)
+    (line,) = (line for line in out.splitlines() if "the hub's cache" in line)
     assert line.endswith("type hf download nobody/nothing first")
     assert "submitted" in err
 
