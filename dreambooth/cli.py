@@ -73,26 +73,28 @@ def _run(cfg: DictConfig) -> Outcome:
         outcome = _job(cfg, node, folder)
     finally:
         _remove_empty(folder)
-    if outcome.error is not None and not (is_sweep(node) and is_rank_zero()):
+    if outcome.error is not None and not (is_sweep(node) and (outcome.alike or is_rank_zero())):
         sys.exit(outcome.code)  # a rank that fails alone ends the others
     return outcome
 
 
 def _job(cfg: DictConfig, node: Any, folder: Path) -> Outcome:
+    alike = True
     try:
         settled = config.settle(cfg, node, str(folder))
         refuse(settled, node)
         hub.check(settled)
-        result = _task(str(cfg.task))(settled)
+        task, alike = _task(str(cfg.task)), False
+        result = task(settled)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         known = config.user_error(error)
         if known is None:
             traceback.print_exc()
-            return Outcome(None, f"{type(error).__name__}: {error}".splitlines()[0], 1)
+            return Outcome(None, f"{type(error).__name__}: {error}".splitlines()[0], 1, alike)
         print(f"dreambooth: {known}", file=sys.stderr)
-        return Outcome(None, str(known), 2)
+        return Outcome(None, str(known), 2, alike)
     if not hasattr(result, "folder"):
         return Outcome(str(folder))
     if is_rank_zero():

@@ -7,6 +7,11 @@ from contextlib import contextmanager
 class UserError(Exception):
     """One line for the user: what is wrong, where (file or key), what to type instead."""
 
+    def __init__(self, line: str) -> None:
+        if line.startswith("Caught UserError in "):  # torch's copy of a loader worker's: a traceback that ends with it
+            line = line.rpartition(f"\n{__name__}.UserError: ")[2].rstrip()
+        super().__init__(line)
+
 
 @contextmanager
 def about(key: str) -> Iterator[None]:

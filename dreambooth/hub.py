@@ -22,19 +22,36 @@ def check(cfg: Any) -> None:
     The latter: ``HF_HUB_OFFLINE`` is set, and it is not cached.
     ``model.restore_from_path`` is not asked for: it is read only while regularization pictures are missing.
     """
-    source, revision = str(cfg.model.from_pretrained), cfg.model.revision
-    if not task_of(cfg.task).loads_base or source == "pocket" or Path(source).expanduser().is_dir():
+    source = str(cfg.model.from_pretrained)
+    if _needs_none(cfg):
         return
     if not HUB_ID.fullmatch(source):
         raise UserError(absent(source))
-    from huggingface_hub import constants, try_to_load_from_cache  # half a second
+    from huggingface_hub import constants  # half a second
 
-    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(source, INDEX, revision=revision), str):
-        at = f" --revision {revision}" if revision else ""
+    if constants.HF_HUB_OFFLINE and (command := download(cfg)):
         raise UserError(
             f"model.from_pretrained={source} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
-            f"name a folder, or type where there is a network: hf download {source}{at}"
+            f"name a folder, or type where there is a network: {command}"
         )
+
+
+def download(cfg: Any) -> str | None:
+    """The command that puts ``model.from_pretrained`` into the hub's cache; None when it is there or no hub id."""
+    source, revision = str(cfg.model.from_pretrained), cfg.model.revision
+    if _needs_none(cfg) or not HUB_ID.fullmatch(source):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(source, INDEX, revision=revision), str):
+        return None
+    return f"hf download {source}" + (f" --revision {revision}" if revision else "")
+
+
+def _needs_none(cfg: Any) -> bool:
+    """Whether no hub is asked: the task loads no base, or one that is here."""
+    source = str(cfg.model.from_pretrained)
+    return not task_of(cfg.task).loads_base or source == "pocket" or Path(source).expanduser().is_dir()
 
 
 def absent(source: str) -> str:

@@ -23,6 +23,7 @@ from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth import hub
 from dreambooth.config import COMPOSITION_ERRORS
@@ -32,20 +33,26 @@ from dreambooth.slurm import device_count, launched_by_srun
 from dreambooth.submitted import Dead, outlast
 from dreambooth.task_table import task_of
 
+log = logging.getLogger(__name__)
 RECORDS = ".sweep"  # in the sweep's folder while it lasts: a file for each job, whichever machine it ran on
 NO_END = "did not end"  # the error of a job while it runs
 # What decides whether a job can start; of what else is swept, one value stands for all.
 DECISIVE = (
     "task experiment model model.from_pretrained model.revision trainer trainer.devices trainer.num_nodes".split()
 )
+ALLOTTED = {"num_nodes": "nodes", "devices": "tasks_per_node"}  # the launcher's words for keys of the trainer
 
 
 class Outcome(NamedTuple):
-    """What became of a job: its run folder, or the line that says why there is none, and its exit code."""
+    """What became of a job: its run folder, or the line that says why there is none, and its exit code.
+
+    ``alike`` is whether every rank comes to the same error by itself, so that none waits for another.
+    """
 
     folder: str | None
     error: str | None = None
     code: int = 0
+    alike: bool = False
 
 
 class SweepTable(Callback):
@@ -57,11 +64,7 @@ class SweepTable(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            for job in jobs(config):  # before some are submitted that would wait for their turn to say so
-                refuse(job, config.hydra)
-                hub.check(job)
-            if submits(config.hydra) and shutil.which("srun") is None:
-                raise UserError("hydra/launcher=slurm: there is no srun here; type it on a login node of the cluster")
+            _check(config)
         except UserError as error:
             print(f"dreambooth: {error}", file=sys.stderr)
             sys.exit(2)
@@ -99,6 +102,23 @@ class SweepTable(Callback):
         if failed:
             print(f"dreambooth: {len(failed)} of {len(records)} jobs of the sweep failed", file=sys.stderr)
             sys.exit(max(record["code"] or 1 for record in failed))
+
+
+def _check(config: DictConfig) -> None:
+    """Raise UserError before any job is submitted for what some would wait for their turn to say."""
+    submitted, absent = submits(config.hydra), set()
+    for job in jobs(config):
+        refuse(job, config.hydra)
+        if submitted:
+            allotted(job, config.hydra)
+        hub.check(job)
+        if submitted and (command := hub.download(job)):
+            absent.add(command)
+    if submitted and shutil.which("srun") is None:
+        raise UserError("hydra/launcher=slurm: there is no srun here; type it on a login node of the cluster")
+    if absent:
+        line = "the hub's cache here lacks what the jobs load, and compute nodes seldom have a network: type %s first"
+        log.warning(line, " and ".join(sorted(absent)))
 
 
 def jobs(config: DictConfig) -> Iterator[Any]:
@@ -150,6 +170,32 @@ def refuse(cfg: Any, hydra_node: Any) -> None:
         raise UserError(
             f"trainer.devices={cfg.trainer.devices} in a sweep: its processes would each begin the sweep anew; type "
             "hydra/launcher=slurm, or put torchrun --nproc-per-node in front of launch.py"
+        )
+
+
+def allotted(cfg: Any, hydra_node: Any) -> None:
+    """Raise UserError for a job that wants other processes than the launcher asks SLURM for; it would queue to say so.
+
+    All jobs are submitted with the same numbers: those of the tree in which nothing is swept.
+    """
+    for key, word in ALLOTTED.items() if task_of(cfg.task).distributed else ():
+        wanted = device_count(cfg.trainer[key])
+        try:
+            given = hydra_node.launcher[word]
+        except OmegaConfBaseException:  # a list or auto, which the card hands on
+            raise UserError(
+                f"trainer.{key}={cfg.trainer[key]}: SLURM is asked for a number; type hydra.launcher.{word}=NUMBER, too"
+            ) from None
+        if wanted in (None, given):
+            continue
+        if any(typed.lstrip("+").startswith(f"hydra.launcher.{word}=") for typed in hydra_node.overrides.hydra):
+            raise UserError(
+                f"trainer.{key}={wanted}, but hydra.launcher.{word}={given}: type trainer.{key}={given}, or leave "
+                f"hydra.launcher.{word} out"
+            )
+        raise UserError(
+            f"trainer.{key}={wanted} in a sweep whose jobs are all submitted with {given}: type one sweep for each "
+            f"number, as in -m trainer.{key}={wanted}"
         )
 
 

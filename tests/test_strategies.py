@@ -91,7 +91,7 @@ def go_around(model: Path, folder: Path, strategy: str, options: dict[str, Any],
         alike(row, expected[step], whole.precision)
     # AdamW goes a whole step of 1e-3 by the sign of a gradient, which in bf16 is chance where it is small.
     atol = 3e-4 if whole.precision == "32-true" else 4e-3
-    same_pipeline(whole.folder, parts, atol)
+    same_exports(whole.folder, parts, atol)
     end = f"checkpoints/step_{LAST:06d}.ckpt"
     ours, theirs = read(parts / end, ""), read(whole.folder / end, "")
     assert ours.keys() == theirs.keys()
@@ -104,10 +104,15 @@ def go_around(model: Path, folder: Path, strategy: str, options: dict[str, Any],
     assert [int(path.stem[5:]) for path in checkpoints(parts / "checkpoints")] == [2, 4, 6, 7]
 
 
-def same_pipeline(expected: Path, found: Path, atol: float = 3e-4) -> None:
-    """What was exported is the same within the tolerance of the weights."""
-    files = sorted(path.relative_to(expected) for path in (expected / "pipeline").rglob("*.safetensors"))
-    assert files
+def same_exports(expected: Path, found: Path, atol: float = 3e-4) -> None:
+    """What was exported, adapters included, is the same within the tolerance of the weights."""
+    files = sorted(
+        path.relative_to(expected)
+        for name in ("pipeline", "adapter")
+        for path in (expected / name).rglob("*.safetensors")
+    )
+    assert any(path.parts[0] == "pipeline" for path in files)
+    assert (found / "adapter").is_dir() == (expected / "adapter").is_dir()
     for path in files:
         ours, theirs = load_file(found / path), load_file(expected / path)
         assert ours.keys() == theirs.keys()
@@ -168,7 +173,7 @@ def test_usr1_to_one_of_two_that_share_the_weights(tiny_sd: Path, tmp_path: Path
     assert list(rows(pair.folder)) == list(range(1, LAST + 1))
     for step, row in rows(pair.folder).items():
         alike(row, rows(whole.folder)[step])
-    same_pipeline(whole.folder, pair.folder)
+    same_exports(whole.folder, pair.folder)
 
 
 def test_strategies_hand_over_to_each_other(tiny_sd: Path, tmp_path: Path) -> None:
@@ -182,7 +187,7 @@ def test_strategies_hand_over_to_each_other(tiny_sd: Path, tmp_path: Path) -> No
     replace(whole, folder=parts.folder)()
     for step, row in rows(parts.folder).items():
         alike(row, rows(whole.folder)[step])
-    same_pipeline(whole.folder, parts.folder)
+    same_exports(whole.folder, parts.folder)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_2", "deepspeed_3"])
@@ -238,7 +243,7 @@ def test_the_command_goes_on_with_other_ranks(tiny_sd: Path, photos: Path, tmp_p
     assert done.returncode == 0, done.stderr
     assert "a step sees 2 photos: model.micro_batch_size=1 x 2 ranks" in done.stderr + done.stdout
     two = tmp_path / "two"
-    same_pipeline(one.folder, two)
+    same_exports(one.folder, two)
     for name in ("step_000000.png", "step_000004.png"):
         ours, theirs = (np.asarray(Image.open(run / "samples" / name), dtype=int) for run in (one.folder, two))
         assert np.abs(ours - theirs).max() <= 2

@@ -15,6 +15,7 @@ from hydra.errors import MissingConfigException
 from dreambooth import cli, nearest
 from dreambooth.benchmark import results
 from dreambooth.config import CONF
+from dreambooth.errors import UserError
 from dreambooth.metrics.method import ways
 from dreambooth.report.sweep import finish
 from tests.runs import make_run
@@ -153,6 +154,45 @@ def test_processes_that_lightning_would_start_are_refused(sweep, tmp_path: Path)
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("trainer.num_nodes=1,2", "trainer.num_nodes=2 in a sweep whose jobs are all submitted with 1: type one sweep"),
+        ("trainer.num_nodes=2,4", "trainer.num_nodes=2 in a sweep whose jobs are all submitted with 1: type one sweep"),
+        ("trainer.devices=1,2", "trainer.devices=2 in a sweep whose jobs are all submitted with 1: type one sweep"),
+        (
+            "trainer.devices=auto",
+            "trainer.devices=auto: SLURM is asked for a number; type hydra.launcher.tasks_per_node=",
+        ),
+        ("trainer.devices=[0,1]", "trainer.devices=[0, 1]: SLURM is asked for a number; type hydra.launcher.tasks_per"),
+        ("hydra.launcher.nodes=2", "trainer.num_nodes=1, but hydra.launcher.nodes=2: type trainer.num_nodes=2, or"),
+    ],
+)
+def test_jobs_that_would_be_submitted_with_other_processes_are_refused(sweep, tmp_path, typed: str, line: str) -> None:
+    pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    code, out, err = sweep("hydra/launcher=slurm", "seed=1,2", typed)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"dreambooth: {line}")
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["trainer.num_nodes=2", "trainer.devices=4"],
+        ["trainer.num_nodes=2", "hydra.launcher.nodes=2"],
+        ["trainer.devices=[0,1]", "hydra.launcher.tasks_per_node=2"],
+        ["trainer.devices=auto", "hydra.launcher.tasks_per_node=4"],
+        ["task=benchmark", "hydra.launcher.tasks_per_node=2"],
+    ],
+)
+def test_jobs_that_are_submitted_with_their_processes_are_not(sweep, tmp_path: Path, typed: list[str]) -> None:
+    """They come as far as srun, which is not here."""
+    pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    code, _, err = sweep("hydra/launcher=slurm", "seed=1,2", *typed)
+    assert (code, err.count("\n"), "there is no srun here" in err) == (2, 1, True), err
+
+
 def test_a_model_that_the_jobs_would_not_find_is_refused_before_they_are_submitted(sweep, tmp_path: Path) -> None:
     pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
     code, out, err = sweep("hydra/launcher=slurm", "model.from_pretrained=nobody/nothing", "model.revision=main")
@@ -160,6 +200,22 @@ def test_a_model_that_the_jobs_would_not_find_is_refused_before_they_are_submitt
     assert err.startswith("dreambooth: model.from_pretrained=nobody/nothing is not in ")
     assert err.endswith("type where there is a network: hf download nobody/nothing --revision main\n")
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_model_that_is_not_cached_is_said_before_jobs_are_submitted_that_may_not_find_it(
+    sweep, tmp_path: Path, monkeypatch
+) -> None:
+    """Where there is a network the jobs may have one, too: they are submitted."""
+    pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name, text in {"srun": "exit 0", "sbatch": "echo submitted >&2; exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _, out, err = sweep("hydra/launcher=slurm", "model.from_pretrained=nobody/nothing", "seed=1,2")
+    (line,) = (line for line in out.splitlines() if "the hub's cache" in line)
+    assert line.endswith("type hf download nobody/nothing first")
+    assert "submitted" in err
 
 
 @pytest.mark.parametrize("models", ["/nowhere/sd15", "pocket,./nowhere", "nowhere/a/b,pocket"])
@@ -284,6 +340,20 @@ def test_a_sweep_of_two_ranks_under_torchrun(tiny_sd: Path, photos: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "outputs" / "dreambooth" / "sweep.csv")
     assert [(row["seed"], row["steps"], row["error"]) for row in rows] == [("1", "2", ""), ("2", "2", "")]
+
+
+@pytest.mark.parametrize(("fails", "jobs"), [("every rank", 2), ("this rank", 1)])
+def test_what_every_rank_refuses_ends_no_sweep_that_torchrun_started(sweep, monkeypatch, fails: str, jobs: int) -> None:
+    """A rank that failed alone would be waited for: it ends, and torchrun the others."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+
+    def task(cfg) -> None:
+        raise UserError(f"model.optim.lr={cfg.model.optim.lr}: no room")
+
+    monkeypatch.setattr(cli, "_task", lambda name: task)
+    code, _, err = sweep("trainer.devices=2", f"model.optim.lr={'-1,-2' if fails == 'every rank' else '1,2'}")
+    assert (code, err.count("dreambooth: model.optim.lr=")) == (0 if fails == "every rank" else 2, jobs), err
 
 
 def test_a_sweep_of_failures_leaves_no_older_table_standing(sweep, tmp_path: Path) -> None:

@@ -8,14 +8,21 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import DDPStrategy
 
 from dreambooth import compose, slurm
-from dreambooth.parallel.watch import read, watching
+from dreambooth.parallel import patience
+from dreambooth.parallel.fsdp import FsdpStrategy
+from dreambooth.parallel.layout import Sharded
+from dreambooth.parallel.watch import read, watched, watching
 from dreambooth.tasks import prepare
 from tests.processes import FORK_WARNING, start
 from tests.tiny import RESOLUTION
@@ -99,13 +106,13 @@ def test_a_rank_that_dies_ends_the_others(
     assert not (parts / "run").exists()
 
 
-def two_of(folder: Path, rank: int, port: int) -> pl.Trainer:
+def two_of(folder: Path, rank: int, port: int, strategy: Any = "ddp") -> pl.Trainer:
     """The trainer of one of two ranks, in the environment that torchrun gives it."""
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stderr = (folder / f"err{rank}").open("w")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    two = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", default_root_dir=folder, **quiet)
+    two = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, default_root_dir=folder, **quiet)
     two.strategy.setup_environment()
     return two
 
@@ -170,3 +177,72 @@ def test_what_a_rank_died_of_is_in_its_log_and_in_the_line_of_the_others(tmp_pat
     assert log.read_text().endswith("RuntimeError: no space left\n")
     (line,) = (line for line in (tmp_path / "err0").read_text().splitlines() if "dreambooth: " in line)
     assert f"ended with RuntimeError: no space left; its log is {log}" in line
+
+
+def run_slow(folder: Path, rank: int, port: int, make: Any) -> None:
+    """One of two ranks, which torch gives a second to meet; the first then takes three before it goes on."""
+    strategy = make()
+    strategy._timeout = timedelta(seconds=1)
+    two = two_of(folder, rank, port, strategy)
+    watched(lambda self: time.sleep(0 if rank else 3) or two.strategy.barrier())(SimpleNamespace(trainer=two))
+    time.sleep(0 if rank else 3)
+    assert two.strategy.broadcast(rank) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(FORK_WARNING)
+@pytest.mark.parametrize("make", [DDPStrategy, FsdpStrategy])
+def test_a_rank_that_is_merely_slow_is_waited_for(make: Any, tmp_path: Path) -> None:
+    """Longer than the limit of the process group that the strategy made, while folders are filled and afterwards."""
+    port = random.SystemRandom().randint(20000, 60000)
+    both = [start(run_slow, tmp_path, rank, port, make) for rank in range(2)]
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0], (tmp_path / "err1").read_text()
+
+
+def test_while_the_first_rank_draws_the_others_wait_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the next step, in a group of the strategy's own (hybrid shards, DeepSpeed) that has torch's limit."""
+    said: list[str] = []
+    strategy = SimpleNamespace(barrier=lambda: said.append("met"))
+    trainer = SimpleNamespace(is_global_zero=False, strategy=strategy)
+    monkeypatch.setattr(Sharded, "named", lambda self: {})
+    with Sharded(SimpleNamespace(trainer=trainer, learned={}, family=SimpleNamespace(networks={}))).whole():
+        assert not said
+    assert said == ["met"]
+
+
+def launch(folder: Path) -> None:
+    """A process that has launched another, which waits for ever, and dies."""
+    patience.LOOK, parent = 0.1, os.getpid()
+    if child := os.fork():
+        (folder / "child").write_text(str(child))
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stderr = (folder / "err").open("w")
+    patience.follow(parent, "rank 1")
+
+
+@pytest.mark.filterwarnings(FORK_WARNING)
+def test_a_rank_ends_with_the_process_that_launched_it(tmp_path: Path) -> None:
+    start(launch, tmp_path).join(20)
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    line = "dreambooth: rank 1 ends, as the process that launched it is gone\n"
+    assert (tmp_path / "err").read_text() == line
+
+
+@pytest.mark.parametrize(("world", "local", "launcher", "follows"), [(2, 1, "x", 1), (2, 1, None, 0), (2, 0, "x", 0)])
+def test_only_what_lightning_launched_follows_it(
+    world: int, local: int, launcher: str | None, follows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    monkeypatch.setattr(patience.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(patience.dist, "set_timeout", begun.append, raising=False)
+    monkeypatch.setattr(patience.threading, "Thread", lambda **how: SimpleNamespace(start=lambda: begun.append(how)))
+    strategy = SimpleNamespace(launcher=launcher, broadcast=lambda first: first)
+    patience.wait_long(SimpleNamespace(world_size=world, local_rank=local, global_rank=local, strategy=strategy))
+    assert begun[0] == timedelta(days=1)
+    assert len(begun) == 1 + follows

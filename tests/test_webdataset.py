@@ -142,6 +142,17 @@ def test_what_is_wrong_with_shards_is_one_line(tmp_path: Path, capfd: pytest.Cap
     assert "no-such-command" in capfd.readouterr().err  # the shell's own word for it
 
 
+@pytest.mark.parametrize(("shard", "program"), [("https://x.org/0.tar", "curl"), ("gs://x/0.tar", "gsutil")])
+def test_a_program_that_fetches_shards_and_is_not_here_is_named(shard, program, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        UserError, match=rf"^{KEY}: shard {shard} is fetched by the program {program}, which is not here"
+    ):
+        inspect([shard], KEY)
+    with pytest.raises(UserError, match=r"cannot be read to its end \(No such file"):
+        list(pictures(f"file://{tmp_path}/0.tar"))
+
+
 @pytest.mark.parametrize(("sizes", "readers"), [([4, 4, 4, 4], 2), ([3, 5, 2], 2), ([7], 3), ([2, 1], 8), ([5, 3], 4)])
 def test_readers_share_the_pictures_and_none_waits_or_starves(tmp_path: Path, sizes: list[int], readers: int) -> None:
     paths = write_shards(tmp_path, sizes)
@@ -234,6 +245,18 @@ def test_a_resumed_stream_goes_on_at_the_same_picture(tmp_path: Path, sizes: lis
         unbroken = batches(rank, 0, 20)
         for first_step in (1, 5):
             assert batches(rank, first_step, 10) == unbroken[2 * first_step :][:10]
+
+
+@pytest.mark.filterwarnings(FORK_WARNING)
+@pytest.mark.parametrize("fault", ["picture", "shard"])
+def test_what_a_worker_says_of_its_shard_is_one_line_in_the_run_too(tmp_path: Path, fault: str) -> None:
+    path = write_tar(tmp_path / "s.tar", {"a.jpg": b"junk"})
+    if fault == "shard":
+        path.write_bytes(Path(write_shards(tmp_path / "whole", [3])[0]).read_bytes()[:700])
+    loader = DataLoader(stream([shard_role("instance", [str(path)])]), batch_size=None, num_workers=1)
+    words = "a.jpg cannot be read" if fault == "picture" else " cannot be read to its end"
+    with pytest.raises(UserError, match=rf"^(shard )?{path}/?{words} [^\n]*$"):
+        next(iter(loader))
 
 
 @pytest.fixture(scope="module")

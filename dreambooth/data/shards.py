@@ -98,7 +98,15 @@ def first(shard: str) -> Picture:
 
 def _begin(shard: str) -> Any:
     """The output of a command, or of what loads a URL. A shell unblocks signals, but not those that it traps."""
-    return gopen(re.sub("^pipe:", "pipe:trap '' INT TERM USR1 USR2; ", shard))
+    try:
+        return gopen(re.sub("^pipe:", "pipe:trap '' INT TERM USR1 USR2; ", shard))
+    except FileNotFoundError as error:
+        if shard.startswith("file:"):
+            raise
+        raise UserError(
+            f"shard {shard} is fetched by the program {error.filename}, which is not here: install it, or type "
+            "'pipe:COMMAND' with one that is"
+        ) from None
 
 
 @contextmanager

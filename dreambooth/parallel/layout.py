@@ -201,6 +201,8 @@ class Sharded(Layout):
             for name, plain in self.shells.items():
                 learned[name] = networks[name] = plain.train(kept[name].training)
             yield
+            # The others wait among all ranks, who are patient; the strategy's own groups have torch's limits.
+            self.module.trainer.strategy.barrier()
         finally:
             for name, network in kept.items():
                 learned[name] = networks[name] = network

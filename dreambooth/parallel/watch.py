@@ -27,6 +27,7 @@ import pytorch_lightning as pl
 
 from dreambooth import slurm
 from dreambooth.errors import UserError
+from dreambooth.parallel.patience import wait_long
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,11 @@ class Peer(NamedTuple):
 
 
 def watched(setup: Callable[..., None]) -> Callable[..., None]:
-    """A data module's ``setup`` in which no rank outlives another by more than a minute."""
+    """A data module's ``setup`` in which no rank outlives another by more than a minute, nor gives up a slow one."""
 
     @wraps(setup)
     def inner(self: Any, *arguments: Any, **more: Any) -> None:
+        wait_long(self.trainer)
         with watching(self.trainer):
             setup(self, *arguments, **more)
 
