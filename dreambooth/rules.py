@@ -32,7 +32,8 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
             raise UserError(f"{key}={values[key]}: there is no such choice{nearest(str(values[key]), options)}")
     for what, allowed, keys in RANGES:
         for key in keys.split():
-            if values.get(key) is not None and not allowed(values[key]):
+            given = values.get(key) is not None or (key in values and key in ANYTHING)  # whose null nobody refused
+            if given and not allowed(values[key]):
                 raise UserError(f"{key}={values[key]}: must be {what}")
     for key, value in values.items():
         if value == "" and PATHS.fullmatch(key):
@@ -124,7 +125,7 @@ def check_kind(key: str, value: Any, card: Any) -> None:
         list: isinstance(value, list) or (key in TEXT_OR_LIST and isinstance(value, str)),
         object: True,
     }
-    if not fits[kind]:
     if kind is str and number and key != "name" and PATHS.fullmatch(key):  # 2024_06 arrives as 202406
         raise UserError(f"{key}={value}: is read as a number; quote the name as it was typed: {key}='\"{value}\"'")
+    if not fits[kind]:
         raise UserError(f"{key}={value}: must be {KINDS[kind]}")

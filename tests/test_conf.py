@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,14 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("model.sched.power=0", ["above 0"]),
         ("pretrain.steps.eye=-1", ["pretrain.steps.eye=-1", "at least 0"]),
         ("trainer.devices=0", ["trainer.devices=0: must be a number of devices"]),
+        ("trainer.devices=null", ["trainer.devices=None: must be a number of devices"]),
+        ("trainer.devices=1.5", ["trainer.devices=1.5: must be a number of devices"]),
+        ("trainer.devices=true", ["trainer.devices=True: must be a number of devices"]),
+        ("model.data.instance_dir=2024_06", ["model.data.instance_dir='\"202406\"'", "read as a number; quote"]),
+        ("infer.out_path=1", ["infer.out_path='\"1\"'"]),
+        ("model.data.regularization_dir=1", ["model.data.regularization_dir='\"1\"'"]),
+        ("evaluate.images=1", ["evaluate.images='\"1\"'"]),
+        ("model.from_pretrained=1e3", ["model.from_pretrained='\"1000.0\"'"]),
         ("+model.foo=1", ["+model.foo: there is no such key"]),
         ("+infer.stepps=1", ["+infer.stepps: there is no such key", "there are"]),
         ("+max_steps=1", ["+max_steps", "did you mean 'trainer.max_steps'"]),
@@ -159,6 +168,12 @@ def test_wrong_input_is_one_line_with_the_right_name(override, words):
     line = str(caught.value)
     assert "\n" not in line
     assert all(word in line for word in words), line
+
+
+def test_a_number_that_is_quoted_in_a_shell_is_a_name():
+    """As the line says that refuses it, which a shell has taken apart before."""
+    (typed,) = shlex.split("""model.data.instance_dir='"2024_06"'""")
+    assert config.compose([typed]).model.data.instance_dir == "2024_06"
 
 
 def test_a_key_of_a_card_that_is_not_in_use_is_told_its_card():
