@@ -5,12 +5,13 @@ the folder of the same overrides under ``compose``; change it with ``hydra.run.d
 nodes are instantiated with ``build``, which lets a UserError through as it is.
 """
 
+import hashlib
 import re
 import shlex
 import weakref
 from collections.abc import Mapping
-from functools import cache, lru_cache, partial
 from contextlib import nullcontext
+from functools import cache, lru_cache, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dreambooth.prompts import phrase
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())  # wheel, or checkout
+SLUG_BYTES = 100  # file systems take names of 255, and suffixes come to this one
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 _COMMANDS: dict[int, str] = {}  # of the settled trees that are alive, by identity: the tree itself stays the settings
 
@@ -82,12 +84,12 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
     return _typed(cfg, _command(hydra_node))
 
 
-@lru_cache(64)  # a sweep's jobs, and a program's many trees, are mostly of the same cards
-def _cards(places: tuple[str, ...], *overrides: str) -> Mapping[str, Any]:
 def _typed_cards(picked: Mapping[str, Any]) -> list[str]:
     return [f"{group}={'null' if card is None else card}" for group, card in picked.items()]
 
 
+@lru_cache(64)  # a sweep's jobs, and a program's many trees, are mostly of the same cards
+def _cards(places: tuple[str, ...], *overrides: str) -> Mapping[str, Any]:
     """The tree of these cards, which lie in these places, to compare with; while Hydra is initialized."""
     cfg = hydra.compose("config", overrides=list(overrides))
     if _nameless(cfg):  # a card of one's own may leave the model to who types it, and other values are made of it
@@ -201,8 +203,12 @@ def register_resolvers() -> None:
 
 
 def slug(text: object) -> str:
-    """A text as the name of a folder."""
-    return re.sub(r"[^\w.]+", "-", str(text)).strip("-.")
+    """A text as the name of a folder; of one of more than 100 bytes the beginning and a hash of all of it."""
+    name = re.sub(r"[^\w.]+", "-", str(text)).strip("-.")
+    if len(name.encode()) <= SLUG_BYTES:
+        return name
+    whole = hashlib.blake2b(str(text).encode(), digest_size=4).hexdigest()
+    return f"{name.encode()[: SLUG_BYTES - len(whole) - 1].decode(errors='ignore')}-{whole}"
 
 
 def _command(hydra_node: Any) -> str:

@@ -220,6 +220,19 @@ def test_what_lightning_refuses_is_one_line_too(override, words):
         config.build(config.compose([override, "trainer.accelerator=cpu"]).trainer)
 
 
+def test_a_long_text_is_the_name_of_a_folder_too():
+    assert config.slug("a photo, of a dog.") == "a-photo-of-a-dog"
+    assert config.slug("x" * 100) == "x" * 100
+    prompts = ["a photo of a dog " + word * 60 for word in ("ein Hund ", "ein Huhn ", "狗")]
+    names = [config.slug(prompt) for prompt in prompts]
+    assert all(92 <= len(name.encode()) <= 100 and name.startswith("a-photo-of-a-dog-") for name in names)
+    assert config.slug(prompts[0]) == names[0]
+    assert config.slug(prompts[0][:-1] + "!") != names[0]
+    cfg = config.compose([f"model.data.regularization_prompt='{prompts[0]}'", f"model.data.instance_dir={'d/' * 130}"])
+    folders = [cfg.model.data.regularization_dir, cfg.model.data.cached_instance_dir]
+    assert max(len(part) for folder in folders for part in Path(folder).parts) <= 100
+
+
 def test_the_samplers_of_the_tree_are_those_that_draw():
     assert set(values.SAMPLERS) == set(get_object("dreambooth.sampling.SAMPLERS"))
 
