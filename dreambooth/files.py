@@ -205,4 +205,9 @@ def content_key(*parts: object) -> str:
 
 def file_hash(path: Path) -> str:
     """The hash of a file's bytes."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return hash_bytes(path.read_bytes())
+
+
+def hash_bytes(data: bytes) -> str:
+    """As ``file_hash``, of a file that was read already."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
