@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -147,6 +148,31 @@ def atomic(path: Path) -> Iterator[Path]:
             reason = getattr(error, "strerror", None) or "no space left on the device?"
             raise UserError(f"cannot write {path}: {reason}; make room or name another folder") from error
         raise
+
+
+@contextmanager
+def alone(path: Path, doing: str, wait: bool = True) -> Iterator[None]:
+    """Within, no other process makes ``path``: who comes second waits, and finds it made.
+
+    ``doing`` is what is said meanwhile. Without ``wait``, and where the file system has no locks, the second goes on.
+    """
+    place = path.absolute()
+    lock: Any = FileLock(place.with_name(f".{place.name}.lock"), fallback_to_soft=False)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        if wait:
+            log.info("%s is being %s by another process: waiting for it", path, doing)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        log.debug("%s is not locked: %s", path, error)
+    try:
+        yield
+    finally:
+        if lock.is_locked:  # still: who waits looks whether the file that it got is the one that lies there
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def remove(path: Path) -> None:
