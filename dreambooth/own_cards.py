@@ -51,7 +51,7 @@ def _target(tree: Any, group: str) -> Any:
 
 def _cards_of(target: Any, folder: Path) -> list[str]:
     """The cards of a folder that name this class themselves."""
-    trees = {path.stem: OmegaConf.load(path) for path in sorted(folder.glob("*.yaml"))}
+    trees: dict[str, Any] = {path.stem: OmegaConf.load(path) for path in sorted(folder.glob("*.yaml"))}
     return [name for name, tree in trees.items() if OmegaConf.is_dict(tree) and tree.get("_target_") == target]
 
 
