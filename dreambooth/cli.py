@@ -81,7 +81,7 @@ def _run(cfg: DictConfig) -> Outcome:
 def _job(cfg: DictConfig, node: Any, folder: Path) -> Outcome:
     alike = True
     try:
-        settled = config.settle(cfg, node, str(folder))
+        settled = _settled(cfg, node, folder)
         refuse(settled, node)
         hub.check(settled)
         task, alike = _task(str(cfg.task)), False
@@ -100,6 +100,14 @@ def _job(cfg: DictConfig, node: Any, folder: Path) -> Outcome:
     if is_rank_zero():
         print(result.folder, flush=True)  # the last line, for scripts
     return Outcome(str(result.folder))
+
+
+def _settled(cfg: DictConfig, node: Any, folder: Path) -> DictConfig:
+    """The checked tree. Hydra composes before values are made of others, so that what fails of it fails here."""
+    try:
+        return config.settle(cfg, node, str(folder))
+    except config.COMPOSITION_ERRORS as error:
+        raise UserError(config.explain(error)) from error
 
 
 def _fail(line: object) -> NoReturn:

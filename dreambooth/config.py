@@ -5,10 +5,12 @@ the folder of the same overrides under ``compose``; change it with ``hydra.run.d
 nodes are instantiated with ``build``, which lets a UserError through as it is.
 """
 
+import hashlib
 import re
 import shlex
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache, lru_cache, partial
 from inspect import signature
 from pathlib import Path
@@ -22,12 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dreambooth import nearest, rules, slurm
+from dreambooth import nearest, own_cards, rules, slurm
 from dreambooth.errors import UserError
 from dreambooth.prompts import phrase
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())  # wheel, or checkout
+SLUG_BYTES = 100  # file systems take names of 255, and suffixes come to this one
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 _COMMANDS: dict[int, str] = {}  # of the settled trees that are alive, by identity: the tree itself stays the settings
 
@@ -61,26 +64,41 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
     cfg.run_dir = run_dir
     overrides = list(hydra_node.overrides.task)
     choices = hydra_node.runtime.choices
-    known = [f"{group}={'null' if choices[group] is None else choices[group]}" for group in groups()]
+    picked = {group: choices[group] for group in groups() if group != "experiment"}
     added = [override for override in overrides if override.startswith("+")]
-    known = [card for card in known if not card.startswith("experiment=")]
     places = tuple(str(each.path) for each in hydra_node.runtime.config_sources)
     if keys := [key[1] for one in added if (key := re.match(r"\++([\w.]+)=", one)) and key[1] not in groups()]:
-        rules.check_added(keys, _cards(places, *known))
+        rules.check_added(keys, _cards(places, *_typed_cards(picked)))
     if str(hydra_node.run.dir) == "":
         raise UserError("hydra.run.dir is empty; type a folder, or leave it out")
-    rules.check_nodes(_plain(cfg, resolve=False), _cards(places, *known, *added))
+    cards = own_cards.reference(lambda some: _cards(places, *_typed_cards(some), *added), picked, _usual(), CONF)
+    rules.check_nodes(_plain(cfg, resolve=False), cards)
+    if _nameless(cfg):
+        raise UserError(
+            "model.from_pretrained is not set; type model.from_pretrained=..., or model=pocket, the shipped one"
+        )
     source = f"experiment={choices.get('experiment')}: " if choices.get("experiment") else ""
-    rules.check(_plain(cfg), _cards(places, *known, *added), source)
+    rules.check(_plain(cfg), cards, source)
     slurm.check(cfg)
     OmegaConf.set_readonly(cfg, True)
     return _typed(cfg, _command(hydra_node))
 
 
+def _typed_cards(picked: Mapping[str, Any]) -> list[str]:
+    return [f"{group}={'null' if card is None else card}" for group, card in picked.items()]
+
+
 @lru_cache(64)  # a sweep's jobs, and a program's many trees, are mostly of the same cards
 def _cards(places: tuple[str, ...], *overrides: str) -> Mapping[str, Any]:
     """The tree of these cards, which lie in these places, to compare with; while Hydra is initialized."""
-    return _plain(hydra.compose("config", overrides=list(overrides)))
+    cfg = hydra.compose("config", overrides=list(overrides))
+    if _nameless(cfg):  # a card of one's own may leave the model to who types it, and other values are made of it
+        cfg.model.from_pretrained = ""
+    return _plain(cfg)
+
+
+def _nameless(cfg: DictConfig) -> bool:
+    return OmegaConf.is_dict(cfg.get("model")) and OmegaConf.is_missing(cfg.model, "from_pretrained")
 
 
 def command_of(cfg: DictConfig) -> str | None:
@@ -151,16 +169,22 @@ def _absent_package(error: BaseException | None) -> str | None:
 
 def explain(error: BaseException) -> str:
     """One line for an error of Hydra or OmegaConf, with the nearest right name."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+    within = GlobalHydra.instance().is_initialized()  # a command whose values fail, which Hydra has composed
+    with nullcontext() if within else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return nearest.explain(error, _cards((str(CONF),)), groups(), CONF)
 
 
-@cache
 def groups() -> list[str]:
     """The groups of config.yaml, in its order."""
-    entries = OmegaConf.load(CONF / "config.yaml").defaults
-    names = [str(next(iter(entry))) for entry in entries if OmegaConf.is_dict(entry)]
-    return [name for name in names if not name.startswith("override ")]
+    return list(_usual())
+
+
+@cache
+def _usual() -> dict[str, Any]:
+    """The card that config.yaml picks of each of its groups."""
+    entries = [dict(entry) for entry in OmegaConf.load(CONF / "config.yaml").defaults if OmegaConf.is_dict(entry)]
+    cards = {str(group): card for entry in entries for group, card in entry.items()}
+    return {group: card for group, card in cards.items() if not group.startswith("override ")}
 
 
 def register_resolvers() -> None:
@@ -179,8 +203,12 @@ def register_resolvers() -> None:
 
 
 def slug(text: object) -> str:
-    """A text as the name of a folder."""
-    return re.sub(r"[^\w.]+", "-", str(text)).strip("-.")
+    """A text as the name of a folder; of one of more than 100 bytes the beginning and a hash of all of it."""
+    name = re.sub(r"[^\w.]+", "-", str(text)).strip("-.")
+    if len(name.encode()) <= SLUG_BYTES:
+        return name
+    whole = hashlib.blake2b(str(text).encode(), digest_size=4).hexdigest()
+    return f"{name.encode()[: SLUG_BYTES - len(whole) - 1].decode(errors='ignore')}-{whole}"
 
 
 def _command(hydra_node: Any) -> str:

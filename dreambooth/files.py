@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -149,6 +150,31 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def alone(path: Path, doing: str, wait: bool = True) -> Iterator[None]:
+    """Within, no other process makes ``path``: who comes second waits, and finds it made.
+
+    ``doing`` is what is said meanwhile. Without ``wait``, and where the file system has no locks, the second goes on.
+    """
+    place = path.absolute()
+    lock: Any = FileLock(place.with_name(f".{place.name}.lock"), fallback_to_soft=False)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        if wait:
+            log.info("%s is being %s by another process: waiting for it", path, doing)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        log.debug("%s is not locked: %s", path, error)
+    try:
+        yield
+    finally:
+        if lock.is_locked:  # still: who waits looks whether the file that it got is the one that lies there
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a folder with what is in it, if it is there. What cannot be removed of a folder stays."""
     if path.is_dir() and not path.is_symlink():
@@ -205,4 +231,9 @@ def content_key(*parts: object) -> str:
 
 def file_hash(path: Path) -> str:
     """The hash of a file's bytes."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return hash_bytes(path.read_bytes())
+
+
+def hash_bytes(data: bytes) -> str:
+    """As ``file_hash``, of a file that was read already."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from PIL import Image
 
 from dreambooth.adapters import Adapter, find_adapter
 from dreambooth.config import build
@@ -14,16 +13,23 @@ from dreambooth.data import checks
 from dreambooth.devices import pick_device
 from dreambooth.errors import UserError, about
 from dreambooth.families.base import Family
-from dreambooth.files import atomic
 from dreambooth.grid import labelled_grid
-from dreambooth.picture_files import describe, draw_missing, foreign_picture, missing, numbered_paths
+from dreambooth.picture_files import (
+    describe,
+    draw_missing,
+    foreign_picture,
+    missing,
+    numbered_paths,
+    read_settings,
+    write_picture,
+)
 from dreambooth.prompts import read_prompts
 from dreambooth.run_folder import is_rank_zero, numbered, settings_in
 from dreambooth.run_settings import by_untyped_cards, run_of, settings_of_run
 
 log = logging.getLogger(__name__)
 
-GRID_ROWS = 50
+GRID, GRID_ROWS = "grid.png", 50
 
 
 def generate(cfg: DictConfig) -> list[Path]:
@@ -33,7 +39,7 @@ def generate(cfg: DictConfig) -> list[Path]:
     (infer.seed, p, k); its last bits depend on the size of its batch, which is the pictures of its prompt. Pictures
     that are there with the same settings are kept, and none is ever overwritten: where others are, an explicit
     ``infer.out_path`` is refused, and the default, ``generated`` in the run folder, is numbered on (``generated-2``).
-    grid.png shows the first 50 prompts.
+    grid.png shows the first 50 prompts; an explicit folder with one that somebody else made is refused, too.
 
     Raises UserError for an unknown or unfinished model, or no prompt.
     """
@@ -62,9 +68,8 @@ def generate(cfg: DictConfig) -> list[Path]:
     paths = numbered_paths(folder, pictures)
     rows = [slice(first, first + size) for first in range(0, len(paths), size)]
     shown = rows[:GRID_ROWS]
-    with atomic(folder / "grid.png") as temporary:
-        sheet = labelled_grid([[Image.open(path) for path in paths[row]] for row in shown], prompts[: len(shown)])
-        sheet.save(temporary, format="PNG")
+    sheet = labelled_grid([paths[row] for row in shown], prompts[: len(shown)])
+    write_picture(folder / GRID, sheet, {"prompts": prompts[: len(shown)]})
     log.info("%d pictures, %d of them new, in %s", len(paths), new, folder)
     return paths
 
@@ -144,6 +149,8 @@ def choose_folder(cfg: DictConfig, pictures: list[dict[str, Any]]) -> Path:
         checks.writable(folder, "infer.out_path")
         if (other := foreign_picture(folder, pictures)) is not None:
             raise UserError(f"infer.out_path: {other} was drawn with other settings or by others; type another folder")
+        if (folder / GRID).exists() and not read_settings(folder / GRID):
+            raise UserError(f"infer.out_path: {folder / GRID} is of others; rename it, or type another folder")
         return folder
     model = Path(str(cfg.infer.model)).expanduser()
     run = model if (model / "config.yaml").exists() else Path(cfg.run_dir)

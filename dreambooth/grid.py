@@ -1,18 +1,21 @@
 """Labelled grids of pictures, for people to look at."""
 
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 LEAST_SIDE, LABEL_WIDTH, GAP, FONT_SIZE = 160, 200, 6, 15
 
 
-def labelled_grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
-    """One row of equally large pictures a label, the label at its left.
+def labelled_grid(rows: Sequence[Sequence[Image.Image | Path]], labels: list[str]) -> Image.Image:
+    """One row of equally large pictures, or files of them, a label, the label at its left.
 
-    Small pictures are enlarged by a whole factor, pixel by pixel, so that what is seen is what was drawn.
+    One file is open at a time: PIL keeps each open until its pixels are read. Small pictures are enlarged by a whole
+    factor, pixel by pixel, so that what is seen is what was drawn.
     """
-    width, height = rows[0][0].size
+    width, height = _pixels(rows[0][0]).size
     factor = -(-LEAST_SIDE // min(width, height)) if min(width, height) < LEAST_SIDE else 1
     width, height = width * factor, height * factor
     columns = max(len(row) for row in rows)
@@ -25,6 +28,15 @@ def labelled_grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Ima
         lines = textwrap.wrap(label, letters)[: height // (FONT_SIZE + 4)]
         pen.multiline_text((GAP, top), "\n".join(lines), fill="black", font=font)
         for column, picture in enumerate(row):
-            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+            enlarged = _pixels(picture).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (LABEL_WIDTH + GAP + column * (width + GAP), top))
     return sheet
+
+
+def _pixels(picture: Image.Image | Path) -> Image.Image:
+    """The picture, or the one that a file holds, which is closed."""
+    if isinstance(picture, Image.Image):
+        return picture
+    with Image.open(picture) as file:
+        file.load()
+    return file

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from dreambooth.families.base import Family
 from dreambooth.files import atomic, content_key, fault_of
@@ -70,7 +70,7 @@ def draw_missing(family: Family, folder: Path, pictures: Sequence[Settings], lab
             drawn = draw_batch(family.to_pipeline(), [pictures[number] for number in batch])
             for number, image in zip(batch, drawn, strict=True):
                 if not _whole(paths[number]):
-                    _write(paths[number], image, pictures[number])
+                    write_picture(paths[number], image, pictures[number])
             bar.update(len(batch))
     return new
 
@@ -112,7 +112,7 @@ def foreign_picture(folder: Path, pictures: Sequence[Settings]) -> Path | None:
 def read_settings(path: Path) -> Settings:
     """The settings that a picture was drawn with, as ``describe`` gives them; empty when it does not say."""
     try:
-        with Image.open(path) as picture:
+        with PngImageFile(path) as picture:  # Image.open refuses to look at a grid as large as they can be
             return {**NEWER, **json.loads(picture.info[TEXT_CHUNK])}
     except (OSError, SyntaxError, KeyError, ValueError):
         return {}
@@ -144,7 +144,8 @@ def draw_batch(pipeline: Any, pictures: Sequence[Settings]) -> list[Image.Image]
     )
 
 
-def _write(path: Path, image: Image.Image, settings: Settings) -> None:
+def write_picture(path: Path, image: Image.Image, settings: Settings) -> None:
+    """Write a picture with what it was made by, which ``read_settings`` gives back."""
     chunks = PngInfo()
     chunks.add_text(TEXT_CHUNK, json.dumps(settings))
     with atomic(path) as temporary:

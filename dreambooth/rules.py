@@ -17,6 +17,7 @@ PATHS = re.compile(r"name|.*(_dir|_path|\.(from_pretrained|folder|model|adapter|
 DELETABLE = tuple(f"model.{name}" for name in ("optim", "tuning", "loss", "weighting", "objective", "family"))
 DELETABLE += ("callbacks", "logger", "metrics")
 OPEN = ("callbacks", "logger", "metrics.encoders")  # nodes of one's own may be added there
+MAY_BE_NULL = ("callbacks.", "metrics.encoders.")  # the nodes there: each is left out with null
 
 
 def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -> None:
@@ -31,7 +32,8 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
             raise UserError(f"{key}={values[key]}: there is no such choice{nearest(str(values[key]), options)}")
     for what, allowed, keys in RANGES:
         for key in keys.split():
-            if values.get(key) is not None and not allowed(values[key]):
+            given = values.get(key) is not None or (key in values and key in ANYTHING)  # whose null nobody refused
+            if given and not allowed(values[key]):
                 raise UserError(f"{key}={values[key]}: must be {what}")
     for key, value in values.items():
         if value == "" and PATHS.fullmatch(key):
@@ -52,12 +54,13 @@ def check_nodes(tree: Mapping[str, Any], cards: Mapping[str, Any]) -> None:
             if isinstance(card, dict) and isinstance(value, dict):
                 walk(value, card, f"{key}.")
             elif isinstance(card, dict) and value is not None and "${" not in str(value):
-                raise _no_node(key, value, card, cards)
+                raise no_node(key, value, card, cards)
 
     walk(tree, cards, "")
 
 
-def _no_node(key: str, value: Any, card: Mapping[str, Any], cards: Mapping[str, Any]) -> UserError:
+def no_node(key: str, value: Any, card: Mapping[str, Any], cards: Mapping[str, Any]) -> UserError:
+    """What to say of a value in the place of keys."""
     from dreambooth.config import groups
 
     group = key.replace(".", "/")
@@ -84,11 +87,11 @@ def _walk(value: Any, card: Any, key: str, values: dict[str, Any], source: str, 
             group = key.replace(".", "/")
             raise UserError(f"{source}{key} is null, so its keys change nothing; pick a card first, {group}=default")
         values[key] = value
-        return _check_kind(key, value, card)
-    if value is None and key.startswith(("callbacks.", "metrics.encoders.")):
+        return check_kind(key, value, card)
+    if value is None and key.startswith(MAY_BE_NULL):
         return None
     if not isinstance(value, dict):
-        raise _no_node(key, value, card, cards)
+        raise no_node(key, value, card, cards)
     swapped = value.get("_target_") != card.get("_target_")
     if (
         not swapped
@@ -106,7 +109,8 @@ def _walk(value: Any, card: Any, key: str, values: dict[str, Any], source: str, 
     return None
 
 
-def _check_kind(key: str, value: Any, card: Any) -> None:
+def check_kind(key: str, value: Any, card: Any) -> None:
+    """Raise UserError for a value of another kind than its key has: that of the ``card``'s value, or a listed one."""
     kind = NULLABLE.get(key, type(card))
     if value in (None, MISSING) and (key in NULLABLE or value == card):
         return
@@ -121,5 +125,7 @@ def _check_kind(key: str, value: Any, card: Any) -> None:
         list: isinstance(value, list) or (key in TEXT_OR_LIST and isinstance(value, str)),
         object: True,
     }
+    if kind is str and number and key != "name" and PATHS.fullmatch(key):  # 2024_06 arrives as 202406
+        raise UserError(f"{key}={value}: is read as a number; quote the name as it was typed: {key}='\"{value}\"'")
     if not fits[kind]:
         raise UserError(f"{key}={value}: must be {KINDS[kind]}")

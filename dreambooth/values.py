@@ -149,7 +149,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [  # what must be, of whi
     ),
     (
         "a number of devices, -1, auto, or a list of their numbers",
-        lambda value: value not in (0, "0", []),
+        lambda value: isinstance(value, int | str | list) and value is not True and value not in (0, "0", []),
         "trainer.devices",
     ),
 ]

@@ -175,6 +175,75 @@ def test_a_misspelt_experiment_of_the_users_is_found(text, words, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["cards"]
 
 
+@pytest.mark.parametrize(
+    ("card", "text", "words"),
+    [
+        (
+            "model",
+            "from_pretrained: pocket\nlearning_rat: 1e-3",
+            "model=mine: model.learning_rat: there is no such key; did you mean 'model.l",
+        ),
+        (
+            "model",
+            "from_pretrained: pocket\nsched: {warmup_step: 5}",
+            "model.sched.warmup_step: there is no such key; did you mean",
+        ),
+        (
+            "model",
+            "from_pretrained: pocket\nmicro_batch_size: four",
+            "model=mine: model.micro_batch_size=four: must be a whole number",
+        ),
+        ("model", "from_pretrained: pocket\nsched: cosine", "model.sched holds keys; type one of them"),
+        ("model", "learning_rate: 1e-3", "model.from_pretrained is not set; type model.from_pretrained=..."),
+        ("model", "from_pretrained: pocket\nlearning_rate: ${rate}", "Interpolation key 'rate' not found"),
+        ("infer", "promts: a dog", "infer=mine: infer.promts: there is no such key; did you mean 'infer.prompts'"),
+        ("infer", "prompts: a dog", "is not set; begin the card with defaults: [a shipped one, _self_]"),
+        ("model/tuning", "defaults: [lora, _self_]\nrank: four", "model/tuning=mine: model.tuning.rank=four: must be"),
+        ("callbacks/evaluate", "defaults: [default, _self_]\npatience: x", "callbacks.evaluate.patience=x: must be"),
+        ("model/data", "defaults: [webdataset, _self_]\nsampler: {steps: 5}", "model.data.sampler.steps: there is no"),
+    ],
+)
+def test_a_misspelt_card_of_the_users_is_found(card, text, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "cards" / card
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(f"{text}\n")
+    nothing = ["task=report", "report.runs=nowhere"]  # is done, were the card taken
+    code, line = in_process(monkeypatch, capsys, "--config-dir", "cards", f"{card}=mine", *nothing)
+    assert (code, line.count("\n")) == (2, 1), line
+    assert words in line
+    assert [path.name for path in tmp_path.iterdir()] == ["cards"]
+
+
+def test_a_right_card_of_the_users_is_taken(tmp_path, monkeypatch, capsys):
+    """What a class takes beyond the shipped card is the class's to know, and nodes of one's own are one's own."""
+    monkeypatch.chdir(tmp_path)
+    texts = {
+        "trainer": "defaults: [default, _self_]\ndeterministic: true",
+        "model": "defaults: [override data: pocket_two, override optim: mine, _self_]\nlearning_rate: 1",
+        "model/optim": "_target_: torch.optim.AdamW\n_partial_: true\nlr: 0.1\namsgrad: true",
+        "model/tuning": "_target_: builtins.dict\nwhat: ever",
+        "logger": "csv: {_target_: pytorch_lightning.loggers.CSVLogger, _partial_: true}",
+        "callbacks": "defaults: [default, _self_]\nmine: {_target_: builtins.dict}\nsample_grid: null",
+        "strategy": "# @package trainer\nstrategy: {_target_: dreambooth.parallel.fsdp.FsdpStrategy, replicate: 1}",
+        "metrics": "defaults: [default, _self_]\nencoders: {mine: {_target_: builtins.dict}, dino: null}",
+    }
+    for group, text in texts.items():
+        (folder := tmp_path / "cards" / group).mkdir(parents=True, exist_ok=True)
+        (folder / "mine.yaml").write_text(f"{text}\n")
+    cards = [f"{group}=mine" for group in texts if group != "model/optim"]
+    typed = [
+        "model.from_pretrained=pocket",
+        "model.learning_rate=1e-5",
+        "model.with_prior_preservation=false",
+        "infer.model=nowhere",
+        "task=generate",
+    ]
+    code, line = in_process(monkeypatch, capsys, "--config-dir", "cards", *cards, *typed)
+    assert (code, line.count("\n")) == (2, 1), line
+    assert "No model at 'nowhere'" in line  # the task's own first question: all before it was taken
+
+
 @pytest.mark.slow
 def test_torchrun_finds_one_folder_and_finds_it_again(tiny_sd, photos, tmp_path):
     settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null

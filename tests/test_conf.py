@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,14 @@ def test_the_run_folder_is_known_without_a_command_line(tmp_path, monkeypatch):
         ("model.sched.power=0", ["above 0"]),
         ("pretrain.steps.eye=-1", ["pretrain.steps.eye=-1", "at least 0"]),
         ("trainer.devices=0", ["trainer.devices=0: must be a number of devices"]),
+        ("trainer.devices=null", ["trainer.devices=None: must be a number of devices"]),
+        ("trainer.devices=1.5", ["trainer.devices=1.5: must be a number of devices"]),
+        ("trainer.devices=true", ["trainer.devices=True: must be a number of devices"]),
+        ("model.data.instance_dir=2024_06", ["model.data.instance_dir='\"202406\"'", "read as a number; quote"]),
+        ("infer.out_path=1", ["infer.out_path='\"1\"'"]),
+        ("model.data.regularization_dir=1", ["model.data.regularization_dir='\"1\"'"]),
+        ("evaluate.images=1", ["evaluate.images='\"1\"'"]),
+        ("model.from_pretrained=1e3", ["model.from_pretrained='\"1000.0\"'"]),
         ("+model.foo=1", ["+model.foo: there is no such key"]),
         ("+infer.stepps=1", ["+infer.stepps: there is no such key", "there are"]),
         ("+max_steps=1", ["+max_steps", "did you mean 'trainer.max_steps'"]),
@@ -159,6 +168,12 @@ def test_wrong_input_is_one_line_with_the_right_name(override, words):
     line = str(caught.value)
     assert "\n" not in line
     assert all(word in line for word in words), line
+
+
+def test_a_number_that_is_quoted_in_a_shell_is_a_name():
+    """As the line says that refuses it, which a shell has taken apart before."""
+    (typed,) = shlex.split("""model.data.instance_dir='"2024_06"'""")
+    assert config.compose([typed]).model.data.instance_dir == "2024_06"
 
 
 def test_a_key_of_a_card_that_is_not_in_use_is_told_its_card():
@@ -203,6 +218,19 @@ def test_right_input_of_several_kinds_is_taken():
 def test_what_lightning_refuses_is_one_line_too(override, words):
     with pytest.raises(UserError, match="trainer: .*" + words):
         config.build(config.compose([override, "trainer.accelerator=cpu"]).trainer)
+
+
+def test_a_long_text_is_the_name_of_a_folder_too():
+    assert config.slug("a photo, of a dog.") == "a-photo-of-a-dog"
+    assert config.slug("x" * 100) == "x" * 100
+    prompts = ["a photo of a dog " + word * 60 for word in ("ein Hund ", "ein Huhn ", "狗")]
+    names = [config.slug(prompt) for prompt in prompts]
+    assert all(92 <= len(name.encode()) <= 100 and name.startswith("a-photo-of-a-dog-") for name in names)
+    assert config.slug(prompts[0]) == names[0]
+    assert config.slug(prompts[0][:-1] + "!") != names[0]
+    cfg = config.compose([f"model.data.regularization_prompt='{prompts[0]}'", f"model.data.instance_dir={'d/' * 130}"])
+    folders = [cfg.model.data.regularization_dir, cfg.model.data.cached_instance_dir]
+    assert max(len(part) for folder in folders for part in Path(folder).parts) <= 100
 
 
 def test_the_samplers_of_the_tree_are_those_that_draw():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dreambooth.data import checks
 from dreambooth.data.datamodule import DreamBoothDataModule
+from dreambooth.data.latents import gather
 from dreambooth.data.views import View, pixels
 from dreambooth.errors import UserError
 from dreambooth.families.sd import StableDiffusion
@@ -136,6 +137,19 @@ def test_only_what_changed_is_encoded_again(tiny: StableDiffusion, tiny_sd_v: Pa
     assert made(ready(tiny, photos, **vanilla)) == (0, 0)
     other = StableDiffusion(str(tiny_sd_v))
     assert made(ready(other, photos, **vanilla)) == (0, 5)
+
+
+def test_a_photo_that_changes_between_two_looks_is_not_kept_under_the_name_of_the_old(
+    tiny: StableDiffusion, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replaced(*arguments: Any, **more: Any) -> Any:
+        Image.new("RGB", (40, 40), "red").save(photos / "0.png")
+        return gather(*arguments, **more)
+
+    monkeypatch.setattr("dreambooth.data.encoder.gather", replaced)
+    with pytest.raises(UserError, match=r"^model\.data\.instance_dir: .*0\.png was changed while it was read"):
+        ready(tiny, photos, with_prior_preservation=False)
+    assert not list(photos.parent.glob("photos_cached/*.pt"))
 
 
 def test_variants_hold_the_crops_and_flips(tiny: StableDiffusion, photos: Path) -> None:

@@ -1,6 +1,8 @@
 """task=generate: pictures that say how they were drawn, and are never drawn over."""
 
 import json
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +154,35 @@ def test_the_grid_enlarges_by_whole_pixels_and_carries_labels() -> None:
     assert (sheet[204:396, :LABEL_WIDTH] < 128).any()
     large = Image.new("RGB", (300, 200))
     assert labelled_grid([[large]], [""]).size == (LABEL_WIDTH + 300 + 12, 212)
+
+
+def test_the_grid_of_many_files_opens_one_at_a_time(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(60)]
+    for path in paths:
+        Image.new("RGB", (32, 32)).save(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 10, hard))
+    try:
+        labelled_grid([paths[:30], paths[30:]], ["a", "b"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_grid_of_somebody_elses_is_never_overwritten(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    Image.new("RGB", (32, 32)).save(out / "grid.png")
+    mine, one = (out / "grid.png").read_bytes(), "infer.num_images_per_prompt=1"
+    with pytest.raises(UserError, match=r"infer\.out_path: .*grid\.png is of others; rename it"):
+        ask(tiny_sd, tmp_path / "run", f"infer.out_path={out}", one)
+    assert [path.read_bytes() for path in out.iterdir()] == [mine]
+    (out / "grid.png").unlink()
+    for _ in range(2):  # the grid that it made itself it makes again
+        assert ask(tiny_sd, tmp_path / "run", f"infer.out_path={out}", one) == [out / "00000.png", out / "00001.png"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # as if it were a very large one
+    assert read_settings(out / "grid.png")["prompts"] == ["a dog", "a photo, of a cat"]
 
 
 def test_pictures_are_drawn_at_once_by_prompt_or_by_batch_size() -> None:

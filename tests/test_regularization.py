@@ -2,7 +2,10 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -88,6 +91,32 @@ def test_a_larger_set_begins_with_the_smaller_and_keeps_its_seed(
     assert fill(lambda: pipeline, tmp_path, 3, settings()) == 3
     assert fill(lambda: pipeline, tmp_path, NUMBER, settings(seed=2)) == NUMBER - 3
     assert contents(tmp_path) == complete
+
+
+def test_who_comes_while_a_set_is_drawn_waits_and_goes_on_with_it(
+    complete: dict[str, bytes], pipeline: StableDiffusionPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another seed would else take the manifest over before the first picture is there, and mix two sets."""
+    begun, enough = Event(), Event()
+
+    def slowly() -> StableDiffusionPipeline:
+        begun.set()
+        assert enough.wait(30)
+        return pipeline
+
+    caplog.set_level(logging.INFO)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(fill, slowly, tmp_path / "set", 3, settings())
+        assert begun.wait(30)
+        second = pool.submit(fill, lambda: pipeline, tmp_path / "set", 6, settings(seed=2))
+        with suppress(TimeoutError):
+            second.result(1)
+        enough.set()
+        assert (first.result(30), second.result(30)) == (3, 3)
+    files = contents(tmp_path / "set")
+    assert json.loads(files.pop(MANIFEST)) == {**settings(), "slots": list(range(6))}
+    assert files == {f"{index:05d}.png": complete[f"{index:05d}.png"] for index in range(6)}
+    assert "is being filled by another process: waiting for it" in caplog.text
 
 
 def run_rank(pipeline: Any, folder: Path, meeting: Path, rank: int, world: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dreambooth import UserError, compose, train
@@ -24,6 +25,7 @@ PROGRAM = (
     "import signal, torch; signal.signal(signal.SIGINT, signal.default_int_handler); torch.set_num_threads(1); "
     "from dreambooth.cli import main; main()"
 )
+COUNTS = ("num_instance", "num_regularization", "regularization_generated", "latents_encoded")
 
 
 @pytest.fixture
@@ -64,6 +66,27 @@ def wait_for_row(process: subprocess.Popen[str], metrics: Path, step: int) -> No
 
 def rows_of(metrics: Path) -> list[list[str]]:
     return [row for row in list(csv.reader(metrics.read_text().splitlines()))[1:] if row]
+
+
+@pytest.mark.slow
+def test_photos_as_a_telephone_takes_them_are_learned_and_prepared_once(tmp_path: Path) -> None:
+    """Large JPEGs that lie on their side and say so; the second run finds all that the first one has made."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, turned in enumerate((6, 8)):
+        (exif := Image.Exif())[0x0112] = turned  # the tag of the orientation
+        noise = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(number)).mul(255).byte().numpy()
+        Image.fromarray(noise).resize((1000, 750)).save(photos / f"{number}.jpg", exif=exif)
+    settings = f"""model=pocket model.data.instance_dir={photos} model.data.cached_instance_dir={tmp_path / "cache"}
+        model.data.regularization_dir={tmp_path / "class"} model.data.num_reg_images=4 trainer.max_steps=2
+        model.data.sampler.inference_steps=2 callbacks.sample_grid.num_images_per_prompt=1 callbacks/evaluate=none
+        trainer.accelerator=cpu hydra.run.dir={tmp_path / "run"}""".split()
+    first, second = train(compose(settings)), train(compose([*settings, "resume=false"]))
+    counts = [[run.summary[name] for name in COUNTS] for run in (first, second)]
+    assert counts == [[2, 4, 4, 6], [2, 4, 0, 0]]
+    assert [run.folder.name for run in (first, second)] == ["run", "run-2"]
+    for run in (first, second):
+        assert {path.name for path in run.folder.glob("samples/*")} == {"step_000000.png", "step_000002.png"}
 
 
 @pytest.mark.slow

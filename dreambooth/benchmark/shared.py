@@ -6,21 +6,16 @@ holds a link to it, so that everything reads it as if it lay in place.
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from dreambooth.errors import UserError
+from dreambooth.files import alone
 from dreambooth.run_folder import flatten
 from dreambooth.run_id import irrelevant
-
-log = logging.getLogger(__name__)
 
 
 def settings_key(tree: DictConfig) -> str:
@@ -49,19 +44,6 @@ def link(place: Path, run: Path) -> None:
     place.symlink_to(target)
 
 
-@contextmanager
-def claimed(run: Path) -> Iterator[None]:
+def claimed(run: Path) -> AbstractContextManager[None]:
     """Within, no other process trains ``run``: who comes second waits, and finds it finished."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    lock: Any = FileLock(run.with_name(f".{run.name}.lock"), fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%s is being trained by another process: waiting for it", run)
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:  # a file system without locks
-        log.debug("%s is not locked: %s", run, error)
-    try:
-        yield
-    finally:
-        lock.release()
+    return alone(run, "trained")

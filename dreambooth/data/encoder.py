@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from dreambooth.data.latents import Entry, Item, gather, moments_key, prompt_key
 from dreambooth.data.sources import Source
 from dreambooth.data.views import Shape, View, pixels
+from dreambooth.errors import UserError
 from dreambooth.families.base import Family
-from dreambooth.files import file_hash
+from dreambooth.files import file_hash, hash_bytes
 
 
 class Encoder:
@@ -46,18 +48,25 @@ class Encoder:
             content = file_hash(path)
             for view in views(content):
                 key = moments_key(content, view, shape, vae)
-                items.append(Item(source.cache, source.cache_key, key, partial(self.moments, path, view, shape)))
+                make = partial(self.moments, source.key, path, content, view, shape)
+                items.append(Item(source.cache, source.cache_key, key, make))
         entries, made = gather(items, f"encoding {source.role} pictures", "latent", **self.shared)
         moments = [entry["moments"] for entry in entries]
         each = len(items) // len(paths)
         self.found, self.made = self.found + len(items), self.made + made
         return [moments[first : first + each] for first in range(0, len(moments), each)]
 
-    def moments(self, path: Path, view: View, shape: Shape) -> Entry:
-        """Encode one picture, alone: the bits of a result depend on the size of its batch."""
+    def moments(self, key: str, path: Path, content: str, view: View, shape: Shape) -> Entry:
+        """Encode one picture, alone: the bits of a result depend on the size of its batch.
+
+        Raises UserError where its hash is not ``content`` any more: it would be kept under the name of another.
+        """
+        data = path.read_bytes()
+        if hash_bytes(data) != content:
+            raise UserError(f"{key}: {path} was changed while it was read; type the same command again")
         self.family.move(self.device, "vae")
         with torch.no_grad():
-            seen = pixels(path, view, shape).to(self.device)
+            seen = pixels(BytesIO(data), view, shape).to(self.device)
             return {"moments": self.family.encode_pictures(seen[None])[0]}
 
     def prompts(self, source: Source, texts: Iterable[str]) -> dict[str, Entry]:

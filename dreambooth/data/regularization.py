@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth.errors import UserError
-from dreambooth.files import atomic, fault_of, picture_paths, sweep
+from dreambooth.files import alone, atomic, fault_of, picture_paths, sweep
 from dreambooth.noise import seed_of
 from dreambooth.picture_files import NEWER
 from dreambooth.progress import progress_bar
@@ -112,7 +112,27 @@ def fill(
 
     ``settings`` are those of ``IDENTITY``, ``seed`` and ``num_images_per_prompt``; ``pipeline_source`` is called only
     by a rank that draws. A set that was begun with another seed goes on with its own.
+
+    Of two processes that would fill one folder at once the second waits for the first. Not where it has other ranks:
+    their barrier would not wait as long as a set may take.
     """
+    own, drawn, _ = inspect(folder, settings)
+    alike = (folder, num_images, settings, rank, world, barrier)
+    if rank or not plan(own, drawn, num_images):  # a whole set may lie where nobody can write
+        return _fill(pipeline_source, *alike)
+    with alone(folder, "filled", wait=world == 1):
+        return _fill(pipeline_source, *alike)
+
+
+def _fill(
+    pipeline_source: Callable[[], Any],
+    folder: Path,
+    num_images: int,
+    settings: dict[str, Any],
+    rank: int,
+    world: int,
+    barrier: Callable[[], None],
+) -> int:
     own, drawn, manifest = inspect(folder, settings)
     missing = plan(own, drawn, num_images)
     if manifest and drawn:
