@@ -149,7 +149,8 @@ def choose_folder(cfg: DictConfig, pictures: list[dict[str, Any]]) -> Path:
         checks.writable(folder, "infer.out_path")
         if (other := foreign_picture(folder, pictures)) is not None:
             raise UserError(f"infer.out_path: {other} was drawn with other settings or by others; type another folder")
-        if (folder / GRID).exists() and not read_settings(folder / GRID):
+        ours = any(path.exists() for path in numbered_paths(folder, pictures))  # and so is their grid
+        if not ours and (folder / GRID).exists() and not read_settings(folder / GRID):
             raise UserError(f"infer.out_path: {folder / GRID} is of others; rename it, or type another folder")
         return folder
     model = Path(str(cfg.infer.model)).expanduser()

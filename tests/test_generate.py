@@ -181,6 +181,8 @@ def test_a_grid_of_somebody_elses_is_never_overwritten(
     (out / "grid.png").unlink()
     for _ in range(2):  # the grid that it made itself it makes again
         assert ask(tiny_sd, tmp_path / "run", f"infer.out_path={out}", one) == [out / "00000.png", out / "00001.png"]
+    (out / "grid.png").write_bytes(mine)  # beside its pictures: from before a grid said who made it
+    assert ask(tiny_sd, tmp_path / "run", f"infer.out_path={out}", one) == [out / "00000.png", out / "00001.png"]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # as if it were a very large one
     assert read_settings(out / "grid.png")["prompts"] == ["a dog", "a photo, of a cat"]
 
