@@ -21,6 +21,11 @@ def pick_device(accelerator: str) -> torch.device:
     return torch.device("cpu")
 
 
+def all_devices(accelerator: str) -> int:
+    """What ``trainer.devices=auto`` comes to here; a CPU is one, whatever its cores."""
+    return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())
+
+
 @contextmanager
 def on_device(family: Family, device: torch.device) -> Iterator[None]:
     """Bring all networks to ``device``, and each back to where it was: frozen ones rest off the accelerator."""

@@ -163,7 +163,7 @@ def test_the_grid_of_many_files_opens_one_at_a_time(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 10, hard))
     try:
-        labelled_grid([paths[:30], paths[30:]], ["a", "b"])
+        assert labelled_grid([paths[:30], paths[30:]], ["a", "b"]).size == (LABEL_WIDTH + 6 + 30 * 166, 6 + 2 * 166)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

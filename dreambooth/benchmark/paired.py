@@ -35,15 +35,20 @@ class Outcome:
 
 def outcome(label: str, folders: Mapping[str, Path]) -> Outcome:
     """Read a setting's benchmark folders, by seed; a subject that is not finished is left out."""
-    runs = {
-        (run.name, seed): run
+    found = [
+        (run, seed, metrics)
         for seed, folder in folders.items()
         for run in sorted(path for path in folder.iterdir() if path.is_dir())
-        if measured(run) is not None
-    }
-    seconds, sizes = ([read(run) for run in runs.values()] for read in (_seconds, _size))
-    metrics = [found for run in runs.values() if (found := measured(run)) is not None]
-    return Outcome(label, {unit: _scores(run) for unit, run in runs.items()}, mean(seconds), mean(sizes), metrics)
+        if (metrics := measured(run)) is not None
+    ]
+    units = {(run.name, seed): _scores(run, metrics) for run, seed, metrics in found}
+    seconds, sizes = ([read(run) for run, _, _ in found] for read in (_seconds, _size))
+    return Outcome(label, units, mean(seconds), mean(sizes), [metrics for _, _, metrics in found])
+
+
+def label_of(settings: Mapping[str, str]) -> str:
+    """What a setting of a sweep is called: by the ends of its keys, whatever the seed."""
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items() if key != "seed")
 
 
 def outcomes_of(records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
@@ -58,7 +63,7 @@ def outcomes_of(records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
     ]
     groups: dict[str, dict[str, Path]] = {}
     for one, record in zip(typed, records, strict=True):
-        label = ", ".join(f"{key.rpartition('.')[2]} {one.get(key, '-')}" for key in swept if key != "seed")
+        label = label_of({key: one.get(key, "-") for key in swept})
         groups.setdefault(label or "all", {})[one.get("seed", "")] = Path(record["folder"])
     return [outcome(label, folders) for label, folders in groups.items()]
 
@@ -115,9 +120,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], method: str) -> str:
     return "\n".join([f"{units} {method}".strip(), "", *means, *([""] if apart else []), *apart]) + "\n"
 
 
-def _scores(run: Path) -> Scores:
+def _scores(run: Path, metrics: Mapping[str, Any]) -> Scores:
     rows = read_scores(run / "evaluation" / "scores.jsonl")
-    names = names_of([json.loads((run / "summary.json").read_text())["metrics"]["after"]])
+    names = names_of([metrics["after"]])
     return {
         (row["role"], row["prompt_index"], row["picture_index"]): {name: row.get(name) for name in names}
         for row in rows

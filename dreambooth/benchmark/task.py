@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from dreambooth.benchmark import results, shared
 from dreambooth.benchmark.protocol import Task, tasks_of
 from dreambooth.config import same_command
+from dreambooth.devices import all_devices
 from dreambooth.errors import UserError
 from dreambooth.metrics.method import ways
 from dreambooth.run_folder import FOLDER_VARIABLE
@@ -120,8 +121,8 @@ def tree_of(cfg: DictConfig, task: Task, place: Path) -> DictConfig:
 def refuse_groups(trainer: Any) -> None:
     """Raise UserError for a trainer of several processes: each would take itself for the first and start others."""
     devices, nodes = device_count(trainer.devices), trainer.num_nodes
-    if devices is None:  # all that are there; a CPU is one
-        devices = 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    if devices is None:
+        devices = all_devices(trainer.accelerator)
     if devices > 1 or nodes > 1:
         raise UserError(
             f"trainer.devices={trainer.devices} trainer.num_nodes={nodes}: task=benchmark trains each subject in one "

@@ -8,6 +8,7 @@ from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from dreambooth.devices import all_devices
 from dreambooth.errors import UserError
 from dreambooth.slurm import device_count, launched_by_srun
 
@@ -86,17 +87,12 @@ def _check_srun(trainer: Any) -> None:
     """Raise UserError where ``auto`` is another number than SLURM started; of a number ``slurm.check`` has said it."""
     if not launched_by_srun() or "TORCHELASTIC_RUN_ID" in os.environ or device_count(trainer.devices) is not None:
         return
-    here, started = _all_devices(trainer.accelerator), int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
+    here, started = all_devices(trainer.accelerator), int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
     if here != started:
         raise UserError(
             f"trainer.devices={trainer.devices} is {here} here, but SLURM starts {started} tasks on each node: type "
             f"trainer.devices={started}, or sbatch --ntasks-per-node={here}"
         )
-
-
-def _all_devices(accelerator: str) -> int:
-    """What ``trainer.devices=auto`` comes to here; a CPU is one, whatever its cores."""
-    return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())
 
 
 def _check_torchrun(trainer: Any) -> None:
@@ -106,7 +102,7 @@ def _check_torchrun(trainer: Any) -> None:
         return
     here, devices = int(env["LOCAL_WORLD_SIZE"]), device_count(trainer.devices)
     if devices is None:
-        devices = _all_devices(trainer.accelerator)
+        devices = all_devices(trainer.accelerator)
     if devices != here:
         raise UserError(
             f"trainer.devices={trainer.devices}, but torchrun started {here} processes here: type "

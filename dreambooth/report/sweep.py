@@ -163,14 +163,8 @@ def compare(folder: Path, rows: list[Row]) -> None:
             pages.setdefault(COMPARISON, {})[row.folder] = ""
         elif row.settings.get("seed", first) == first:
             for run in sorted(path.parent for path in row.folder.glob("*/summary.json")):
-                pages.setdefault(f"comparison-{run.name}.html", {})[run] = _label(row, run.name)
+                pages.setdefault(f"comparison-{run.name}.html", {})[run] = paired.label_of(row.settings) or run.name
     for name, runs in pages.items():
         if len(runs) > 1:
             labelled = [replace(read_run(run), label=label) for run, label in runs.items()]
             write(folder / name, comparison_html(labelled, folder / name))
-
-
-def _label(row: Row, subject: str) -> str:
-    """A subject's run by the settings of its job: all its runs lie in folders of one name."""
-    told = [f"{key.rpartition('.')[2]} {value}" for key, value in row.settings.items() if key != "seed"]
-    return ", ".join(told) or subject
