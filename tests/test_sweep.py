@@ -186,9 +186,12 @@ def test_jobs_that_would_be_submitted_with_other_processes_are_refused(sweep, tm
         ["task=benchmark", "hydra.launcher.tasks_per_node=2"],
     ],
 )
-def test_jobs_that_are_submitted_with_their_processes_are_not(sweep, tmp_path: Path, typed: list[str]) -> None:
-    """They come as far as srun, which is not here."""
+def test_jobs_that_are_submitted_with_their_processes_are_not(
+    sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str]
+) -> None:
+    """They come as far as srun, which is not to be found."""
     pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
+    monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = sweep("hydra/launcher=slurm", "seed=1,2", *typed)
     assert (code, err.count("\n"), "there is no srun here" in err) == (2, 1, True), err
 
