@@ -41,7 +41,7 @@ class Evaluate(pl.Callback):
 
     Args:
         cfg: the whole tree (this callback's card is ``_partial_``).
-        every_n_train_steps: null measures the base and the last step only, and keeps no best.
+        every_n_train_steps: null draws no curve and keeps no best; the table is made all the same.
         num_images_per_prompt, num_class_images, seed: of the curves' pictures; their prompts are evaluate.prompts.
         drift_weight, patience, max_drift, max_forgetting, target: see ``Tradeoff``.
     """
@@ -82,7 +82,8 @@ class Evaluate(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._read(trainer)
         if trainer.global_step == 0:
-            if not self.tradeoff.rows:  # else a run that was killed before its first checkpoint has measured the base
+            # Rows are there when a run that was killed before its first checkpoint has measured the base.
+            if self.every and not self.tradeoff.rows:
                 self._measure(trainer, pl_module)
             self._draw_set(trainer, pl_module, "before")
         self._stop_if_told(trainer)
@@ -97,7 +98,7 @@ class Evaluate(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         folder = Path(trainer.default_root_dir)
         self._read(trainer)
-        if self._measured() != trainer.global_step:
+        if self.every and self._measured() != trainer.global_step:
             self._measure(trainer, pl_module)
         best = self._settle(trainer, pl_module)
         self._draw_set(trainer, pl_module, "after")
