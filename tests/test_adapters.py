@@ -114,7 +114,7 @@ def test_a_scaled_adapter_is_counted_by_its_scale(run: RunResult, tiny_sd: Path)
     assert changed == len(state) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_scale_and_switches(run: RunResult, tiny_sd: Path, tmp_path: Path) -> None:
     whole, plain = one(run.folder, tmp_path / "a"), one(tiny_sd, tmp_path / "b")
     off = ["infer.adapter_denoiser=false", "infer.adapter_text_encoder=false"]
@@ -208,7 +208,10 @@ def test_merged_on_request_is_what_the_adapter_draws(tiny_sd: Path, photos: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "own"), [("lora", ".lora_"), ("textual_inversion", ".added_rows")])
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("lora", ".lora_"), pytest.param("textual_inversion", ".added_rows", marks=pytest.mark.exhaustive)],
+)
 def test_a_run_with_an_adapter_is_measured_as_any(name: str, own: str, tiny_sd: Path, tmp_path: Path) -> None:
     """The best step is the adapter's; base and adapter draw again what was measured in training, to the last digit."""
     folder = tmp_path / "run"

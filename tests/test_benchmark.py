@@ -217,6 +217,8 @@ def test_two_shares_make_one_table_and_a_broken_subject_is_redone_alone(tiny_sd,
     with (tmp_path / "out" / "benchmark.csv").open() as file:
         assert [row["subject"] for row in csv.DictReader(file)] == [row["subject"] for row in whole.rows]
     assert "paper: DreamBooth (Stable Diffusion) | 0.668 | 0.803 | 0.305" in results.markdown(whole.rows)
+    # Told to measure nothing on the way: not for a curve of two rows either.
+    assert not list((tmp_path / "out").rglob("curves.*"))
 
     scores = tmp_path / "out" / "teapot" / "evaluation" / "scores.jsonl"
     kept = (tmp_path / "out" / "dog" / "summary.json").stat().st_mtime_ns

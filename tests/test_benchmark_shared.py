@@ -35,6 +35,7 @@ def test_what_would_be_trained_alike_has_one_key(words: list[str]) -> None:
     assert key_of(*words) == key_of()
 
 
+@pytest.mark.slow
 def test_what_would_be_trained_otherwise_has_another() -> None:
     words = "seed=1 model.prior_loss_weight=0.3 benchmark.noun=boot benchmark.num_images_per_prompt=2".split()
     words += [f"benchmark.num_photos={count}" for count in (1, 2)]

@@ -81,6 +81,7 @@ def base_of(folder: Path, fixture: str, variant: str | None, checked: bool) -> P
     return base
 
 
+@pytest.mark.exhaustive
 def test_published_layouts_train_and_export(tmp_path):
     exports = {}
     for name, (fixture, variant, checked, dtype) in CASES.items():

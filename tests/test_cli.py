@@ -244,7 +244,7 @@ def test_a_right_card_of_the_users_is_taken(tmp_path, monkeypatch, capsys):
     assert "No model at 'nowhere'" in line  # the task's own first question: all before it was taken
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_torchrun_finds_one_folder_and_finds_it_again(tiny_sd, photos, tmp_path):
     settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null
         model.data.resolution=32 model.data.num_reg_images=2 model.data.sampler.inference_steps=2 trainer.max_steps=2

@@ -242,7 +242,7 @@ def test_every_task_exists():
         assert callable(get_object(task.function.replace(":", ".")))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_names_of_the_package_are_functions_in_any_order_of_import():
     code = "import dreambooth.generation, dreambooth.tasks; from dreambooth import compose, generate, train; compose()"
     code += "; assert callable(generate) and callable(train) and callable(compose)"

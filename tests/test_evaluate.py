@@ -134,7 +134,7 @@ def test_measuring_again_gives_the_same_to_the_last_digit(finished, tmp_path):
     assert json.loads((run / "summary.json").read_text())["metrics"] == finished.summary["metrics"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_measured_otherwise_a_run_keeps_its_own_figures(finished, tmp_path):
     """Likeness to other photos, or another order of averaging, is not what the run was measured by."""
     run = tmp_path / "run"
@@ -239,7 +239,7 @@ def test_a_folder_of_pictures_needs_no_model(tmp_path):
     assert notes[1] == "div is undefined: there is no second picture of any prompt"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_scores_of_other_pictures_are_never_written_over(tmp_path, monkeypatch):
     """Each folder of pictures has a run folder of its own, and where one is typed, a number."""
     monkeypatch.chdir(tmp_path)

@@ -107,7 +107,7 @@ def test_the_first_grid_is_the_untouched_model(finished: RunResult, tiny_sd: Pat
     assert np.array_equal(second, np.asarray(drawn[1].resize((side, side), Image.Resampling.NEAREST)))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_pipeline_draws_elsewhere_what_the_averaged_weights_draw_here(finished: RunResult, tmp_path: Path) -> None:
     folder = finished.folder
     checkpoint = next((folder / "checkpoints").glob("*.ckpt"))

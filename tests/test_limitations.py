@@ -40,7 +40,7 @@ def test_scenes_are_as_rare_as_they_should_be() -> None:
     assert alike == [scene.figure for scene in Scenes(50, "rare").scenes]  # the figures are those of even places
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_base_is_a_model_like_any_other(tmp_path: Path) -> None:
     base = train(tmp_path, count=24, steps=2, seed=0)
     assert StableDiffusion(str(base)).default_resolution == 64

@@ -100,7 +100,7 @@ def test_the_installed_command_knows_its_cards_from_another_folder(installed, tm
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_installed_command_trains_from_another_folder(installed, tmp_path, tiny_sd, photos):
     settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null
         model.data.resolution=32 model.data.num_reg_images=2 model.data.sampler.inference_steps=2 trainer.max_steps=2
@@ -113,7 +113,7 @@ def test_the_installed_command_trains_from_another_folder(installed, tmp_path, t
     assert {"config.yaml", "metrics.csv", "summary.json", "pipeline", "samples"} <= {p.name for p in folder.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_installed_script_trains_the_shipped_model_from_another_folder(installed, tmp_path):
     (script,) = installed.parent.glob("lib/python*/site-packages/bin/dreambooth")
     few = "trainer.max_steps=2 model.data.num_reg_images=4 model.data.sampler.inference_steps=2 trainer.accelerator=cpu"

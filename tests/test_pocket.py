@@ -118,6 +118,7 @@ def test_a_stage_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert not torch.equal(first.weight, second.weight)
 
 
+@pytest.mark.slow
 def test_the_average_of_the_denoiser_goes_on_too(tmp_path):
     """Its step is in the checkpoint that is saved after it."""
 
@@ -189,7 +190,7 @@ def test_the_base_draws_what_it_is_told():
     assert shares["context"] >= 0.88
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_pretrain_makes_all_that_ships(tmp_path):
     tiny = {
         "judge": 2,

@@ -64,7 +64,7 @@ def inside_optimizer(frame: Any) -> bool:
     return False
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_signal_at_any_moment_of_a_step_loses_and_repeats_nothing(tiny_sd: Path, tmp_path: Path) -> None:
     """20 moments, 6 of them within the optimizer's step; weights, averages and updates are the undisturbed ones."""
     within: list[int] = []

@@ -185,6 +185,7 @@ def test_what_a_user_typed_is_text(tmp_path: Path) -> None:
     assert [attributes for tag, attributes in Page(path.read_text()).tags if tag == "script"] == [{}]
 
 
+@pytest.mark.slow
 def test_large_pictures_stay_below_the_limit(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", side=512, photo_side=2000)
     assert write_report(run).stat().st_size < MOST
@@ -383,7 +384,7 @@ def test_a_training_ends_with_its_report(tiny_sd, photos, tmp_path, monkeypatch,
     assert isinstance(Report(), Report)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_ends_with_a_comparison(tiny_sd, photos, tmp_path) -> None:
     settings = f"""model.from_pretrained={tiny_sd} model.data.instance_dir={photos} model.data.cached_instance_dir=null
         model.data.resolution=32 model.with_prior_preservation=false callbacks.sample_grid=null trainer.max_steps=2

@@ -33,7 +33,9 @@ def test_the_networks_are_those_that_were_published() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8,), (4, 8)], ids=["sharded", "hybrid"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((8,), id="sharded"), pytest.param((4, 8), id="hybrid", marks=pytest.mark.exhaustive)]
+)
 def test_a_small_unet_steps_on_ranks_that_are_not_there(shape: tuple[int, ...]) -> None:
     ranks = shape[0] if len(shape) == 1 else shape[0] * shape[1]
     found = simulate(ranks, shape, **TINY)

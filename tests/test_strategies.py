@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "deepspeed_3": {"ema": None, "module": {"gradient_checkpointing": True}},
     "deepspeed_3_offload": {"ema": None},
 }
+FINITE = ["fsdp", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("deepspeed_2", "deepspeed_3"))]
 UNCACHED = {"ema": None, "photos": Path("photos")}  # as with use_cached_latents=false
 EXHAUSTIVE: list[tuple[str, dict[str, Any]]] = [
     ("fsdp", {"module": {"text": True, "gradient_checkpointing": True}}),
@@ -190,7 +191,7 @@ def test_strategies_hand_over_to_each_other(tiny_sd: Path, tmp_path: Path) -> No
     same_exports(whole.folder, parts.folder)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_2", "deepspeed_3"])
+@pytest.mark.parametrize("strategy", FINITE)
 def test_a_gradient_that_is_not_finite_changes_nothing(tiny_sd: Path, tmp_path: Path, strategy: str) -> None:
     job = Job(tiny_sd, tmp_path, strategy, 2, steps=2, size=3, prior=False, poison="instance/3", ema=None)
     finish(job)
@@ -218,6 +219,7 @@ def test_where_one_rank_cannot_save_all_say_so_and_stop(
     assert list(small_disk.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_the_command_goes_on_with_other_ranks(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     """Two processes cut the weights, draw, measure and export as one does; one goes on in their folder."""
     words = [

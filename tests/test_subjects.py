@@ -251,7 +251,7 @@ def test_a_prompt_that_the_others_cannot_be_asked_is_refused(tiny_sd: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cached", "text"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("cached", "text"), [(True, False), pytest.param(False, True, marks=pytest.mark.exhaustive)])
 def test_everything_at_once_resumes_bit_for_bit(
     tiny_sd: Path, two: list, tmp_path: Path, cached: bool, text: bool
 ) -> None:

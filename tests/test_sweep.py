@@ -322,7 +322,7 @@ def test_the_launcher_without_its_packages_is_one_line() -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_of_submitits_own_processes(sweep, tmp_path: Path) -> None:
     pytest.importorskip("submitit", reason='needs pip install "dreambooth[slurm]"')
     code, _, err = sweep("hydra/launcher=submitit_local", "seed=1,2")
@@ -331,7 +331,7 @@ def test_a_sweep_of_submitits_own_processes(sweep, tmp_path: Path) -> None:
     assert [(row["seed"], row["steps"], row["error"]) for row in rows] == [("1", "1", ""), ("2", "1", "")]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_of_two_ranks_under_torchrun(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     """Each job trains on both ranks; the ranks share its folder."""
     usual = [text for text in short_run(tiny_sd, photos, tmp_path / "run") if not text.startswith("hydra")]

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dreambooth import UserError
 from dreambooth.parallel import checkpoint
 from dreambooth.parallel.parts import part_of
-from dreambooth.parallel.tensors import Entry, Part, file_of, read, read_notes, write
+from dreambooth.parallel.tensors import Entry, Part, file_of, part_of_stored, read, read_notes, write
 
 VALUES = {
     "a/weight": torch.randn(3, 5),
@@ -58,6 +58,19 @@ def test_a_folder_of_parts_is_read_as_a_whole(tmp_path: Path, ranks: int) -> Non
     for name, value in VALUES.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("begin", "count"), [(0, 15), (4, 7), (5, 0), (12, 9), (15, 4), (20, 4)])
+def test_a_part_is_read_from_whatever_files_hold_it(tmp_path: Path, ranks: int, begin: int, count: int) -> None:
+    for rank in range(ranks):
+        write(file_of(tmp_path, rank, ranks), entries(rank, ranks), {})
+    found = read(tmp_path, "")
+    assert found.size("a/weight") == ((3, 5), torch.float32)
+    expected = VALUES["a/weight"].flatten()[begin : begin + count]
+    assert torch.equal(found.part("a/weight", begin, count), expected)
+    assert torch.equal(part_of_stored(found, "a/weight", begin, count), expected)
+    assert torch.equal(part_of_stored(VALUES, "a/weight", begin, count), expected)
 
 
 def test_a_file_cut_short_is_no_file(tmp_path: Path) -> None:

@@ -41,6 +41,13 @@ PLAIN = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)  # what has no gra
 HOW = {"steps": 2, "guidance": 3.0, "sampler_type": "DDIM", "resolution": 32}
 PROMPT = PROMPTS["instance"]
 
+SOURCES = [  # with the prior, from cached latents
+    pytest.param(True, True, id="prior-cached"),
+    pytest.param(False, False, id="alone-online"),
+    pytest.param(True, False, id="prior-online", marks=pytest.mark.exhaustive),
+    pytest.param(False, True, id="alone-cached", marks=pytest.mark.exhaustive),
+]
+
 
 def picture(pipeline: Any) -> np.ndarray:
     return np.asarray(draw(pipeline, [PROMPT], [3], **HOW)[0]).astype(int)
@@ -66,8 +73,7 @@ class Own(pl.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cached", [True, False], ids=["cached", "online"])
-@pytest.mark.parametrize("prior", [True, False], ids=["prior", "alone"])
+@pytest.mark.parametrize(("prior", "cached"), SOURCES)
 @pytest.mark.parametrize("name", TUNINGS)
 def test_every_way(name: str, prior: bool, cached: bool, tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     tuning, text = TUNINGS[name]
@@ -220,7 +226,9 @@ class Moments(pl.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["full and text encoder", "lora and text encoder"])
+@pytest.mark.parametrize(
+    "name", ["lora and text encoder", pytest.param("full and text encoder", marks=pytest.mark.exhaustive)]
+)
 def test_a_text_encoder_that_stops(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     """From that step on it is what it was, the loss that of reading it online, and a resume before or after exact."""
     make = partial(
@@ -330,7 +338,7 @@ def check_the_teacher(module: Any, plain: StableDiffusion, batch: dict[str, Any]
     return per_example[batch["is_prior"]]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_ranks_stop_the_text_encoder_together(tiny_sd: Path, tmp_path: Path) -> None:
     """Two processes of batch 1 are one of batch 2, before and after the text encoder rests."""
     program = [sys.executable, "-m", "tests.tuning_ranks", str(tiny_sd), str(tmp_path)]

@@ -59,13 +59,13 @@ def rank_of(process: psutil.Process) -> str:
 
 CASES = [
     pytest.param(DRAWN, 1, "python", id="drawing"),
-    pytest.param(ENCODED, 0, "python", id="encoding", marks=pytest.mark.exhaustive),
-    pytest.param(DRAWN, 0, "torchrun", id="drawing under torchrun", marks=pytest.mark.exhaustive),
-    pytest.param(ENCODED, 1, "torchrun", id="encoding under torchrun", marks=pytest.mark.exhaustive),
+    pytest.param(ENCODED, 0, "python", id="encoding"),
+    pytest.param(DRAWN, 0, "torchrun", id="drawing under torchrun"),
+    pytest.param(ENCODED, 1, "torchrun", id="encoding under torchrun"),
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("work", "victim", "launcher"), CASES)
 def test_a_rank_that_dies_ends_the_others(
     work: list[str], victim: int, launcher: str, tiny_sd: Path, photos: Path, tmp_path: Path
@@ -191,7 +191,7 @@ def run_slow(folder: Path, rank: int, port: int, make: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(FORK_WARNING)
-@pytest.mark.parametrize("make", [DDPStrategy, FsdpStrategy])
+@pytest.mark.parametrize("make", [FsdpStrategy, pytest.param(DDPStrategy, marks=pytest.mark.exhaustive)])
 def test_a_rank_that_is_merely_slow_is_waited_for(make: Any, tmp_path: Path) -> None:
     """Longer than the limit of the process group that the strategy made, while folders are filled and afterwards."""
     port = random.SystemRandom().randint(20000, 60000)

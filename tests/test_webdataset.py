@@ -285,6 +285,7 @@ def data(family: StableDiffusion, photos: Path, **changes: Any) -> ShardedDataMo
     return module
 
 
+@pytest.mark.slow
 def test_either_set_may_be_in_shards_and_the_other_in_its_folder(
     tiny: StableDiffusion, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -469,7 +470,7 @@ def test_a_run_on_shards_stops_and_goes_on_as_if_unbroken(tmp_path: Path, caplog
     assert any("instance shards: 6 pictures skipped" in line for line in caplog.messages)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ranks_with_unequal_shares_wait_for_nobody(tmp_path: Path) -> None:
     """Two processes over gloo, each with a shard of its own, of 3 and of 2 pictures: over the ends of all epochs."""
     write_shards(tmp_path / "shards", [3, 2])

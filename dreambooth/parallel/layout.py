@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth.parallel.parts import like, local, number, part_of, whole
-from dreambooth.parallel.tensors import Entry, Part
+from dreambooth.parallel.tensors import Entry, Part, Stored
 from dreambooth.tuning.base import TEXT, swapped
 
 FIXED = ("params", "fused", "foreach", "capturable", "differentiable")  # of a group: the strategy's and not the run's
@@ -133,7 +133,7 @@ class Layout:
         """Write a whole tensor where this rank holds its part."""
         local(held).copy_(local(like(value, held)))
 
-    def set_states(self, values: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    def set_states(self, values: Stored, groups: list[dict[str, Any]]) -> None:
         """Take the optimizer's state, ``KEY/NAME``, from whole tensors, and its groups' settings."""
         of_weight: dict[int, dict[str, Any]] = {}
         named = self.named()

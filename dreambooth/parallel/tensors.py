@@ -20,6 +20,7 @@ CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+TYPES = {code: dtype for dtype, code in CODES.items()}
 
 Part = tuple[int, Tensor]  # where it begins in the whole tensor, flat, in elements; and its values, flat
 
@@ -98,7 +99,7 @@ def read_notes(path: Path) -> dict[str, Any]:
     return dict(json.loads(notes[0]))
 
 
-def read(path: Path, prefix: str) -> Mapping[str, Tensor]:
+def read(path: Path, prefix: str) -> "Stored":
     """The tensors whose names begin with ``prefix``, by the rest of their names, on the CPU; each read when asked for.
 
     The files stay open while the mapping is held. Asking raises KeyError, and ValueError where a part is missing.
@@ -110,32 +111,52 @@ def read(path: Path, prefix: str) -> Mapping[str, Tensor]:
         for name in list(file.keys()):
             if name.startswith(prefix):
                 found.setdefault(name.removeprefix(prefix), []).append((file, name, places.get(name)))
-    return _Stored(found)
+    return Stored(found)
 
 
-class _Stored(Mapping[str, Tensor]):
+class Stored(Mapping[str, Tensor]):
+    """Tensors by name, of one file or of several that hold parts of them: (file, name there, place there) each."""
+
     def __init__(self, found: dict[str, list[Any]]) -> None:
         self.found = found
 
-    def __getitem__(self, name: str) -> Tensor:
+    def size(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type of a tensor, whose values are not read."""
         file, key, place = self.found[name][0]
-        if place is None:  # a copy: pages of the file itself would keep it on the disk when it is pruned
-            tensor: Tensor = file.get_tensor(key).clone()
-            return tensor
-        whole, seen = torch.empty(torch.Size(place[1]).numel(), dtype=file.get_tensor(key).dtype), 0
-        for file, key, (begin, _) in self.found[name]:
-            values = file.get_tensor(key)
-            whole[begin : begin + len(values)] = values
-            seen += len(values)
-        if seen != len(whole):
-            raise ValueError(f"{name}: {seen} of {len(whole)} elements")
-        return whole.view(place[1])
+        held = file.get_slice(key)
+        return tuple(place[1] if place else held.get_shape()), TYPES[held.get_dtype()]
+
+    def part(self, name: str, begin: int, count: int) -> Tensor:
+        """``count`` elements of a tensor, flat, or as many as it has from ``begin`` on; no others are read."""
+        shape, dtype = self.size(name)
+        end = min(begin + count, torch.Size(shape).numel())
+        values, seen = torch.empty(max(0, end - begin), dtype=dtype), 0
+        for file, key, place in self.found[name]:
+            held, at = file.get_tensor(key).flatten(), place[0] if place else 0
+            first, last = max(begin, at), min(end, at + len(held))
+            if first < last:  # copied: pages of the file itself would keep it on the disk when it is pruned
+                values[first - begin : last - begin] = held[first - at : last - at]
+                seen += last - first
+        if seen != len(values):
+            raise ValueError(f"{name}: {seen} of {len(values)} elements")
+        return values
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, _ = self.size(name)
+        return self.part(name, 0, torch.Size(shape).numel()).view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.found)
 
     def __len__(self) -> int:
         return len(self.found)
+
+
+def part_of_stored(values: Mapping[str, Tensor], name: str, begin: int, count: int) -> Tensor:
+    """``Stored.part`` of any mapping."""
+    if isinstance(values, Stored):
+        return values.part(name, begin, count)
+    return values[name].flatten()[begin : begin + count]
 
 
 def _files(path: Path) -> list[Path]:

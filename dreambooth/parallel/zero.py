@@ -14,14 +14,15 @@ from dreambooth.errors import UserError
 from dreambooth.parallel.checks import check_sharding
 from dreambooth.parallel.layout import Sharded
 from dreambooth.parallel.parts import number
-from dreambooth.parallel.tensors import Part
+from dreambooth.parallel.pieces import gather, part_in, scatter
+from dreambooth.parallel.tensors import Part, Stored, part_of_stored
 
 
 class ZeroLayout(Sharded):
     """The masters, in float32, and the optimizer's state are flat: one piece of each group of parameters a rank.
 
-    Where a parameter lies in the pieces is known to DeepSpeed: ``_hp_mapping`` at stages 1 and 2, its ``safe_*``
-    functions at stage 3.
+    Where a parameter lies in the pieces is known to DeepSpeed: see ``pieces`` for stages 1 and 2; its ``safe_*``
+    functions for stage 3.
     """
 
     clips = True
@@ -104,49 +105,58 @@ class ZeroLayout(Sharded):
 
     @torch.no_grad()
     def set_weights(self, values: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_local_fp32_param
-
+        if self.shards_weights:
+            self.set_own_weights(values)
+            return
         for name, weight in self.named().items():
             value = values[name]
-            if self.shards_weights:
-                with GatheredParameters([weight], modifier_rank=0):
-                    weight.copy_(value)
-                safe_set_local_fp32_param(weight, self.part(weight, value))
-            else:
-                weight.copy_(value)
-                scatter(weight, value, self.pieces)
-                if self.module.ema is not None:
-                    scatter(weight, averages[name], list(self.module.ema))
+            weight.copy_(value)
+            scatter(weight, value, self.pieces)
+            if self.module.ema is not None:
+                scatter(weight, averages[name], list(self.module.ema))
+
+    def set_own_weights(self, values: Mapping[str, Tensor]) -> None:
+        """What this rank holds at stage 3, as DeepSpeed reads its own folder: only weights that all hold are sent."""
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        self.zero.checkpoint_event_prologue()
+        for name, weight in self.named().items():
+            part = self.part(weight, values, name)
+            weight.ds_tensor.copy_(part)  # type: ignore[attr-defined]
+            safe_set_local_fp32_param(weight, part)
+        self.zero.checkpoint_event_epilogue()
 
     @torch.no_grad()
-    def set_states(self, values: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    def set_states(self, values: Stored, groups: list[dict[str, Any]]) -> None:
         from deepspeed.utils import safe_set_local_optimizer_state
 
         named, state = self.named(), self.optimizer.state
-        for name, value in values.items():
+        for name in values:
             key, _, weight = name.partition("/")
-            cut = tuple(value.shape) == self.shape(named[weight])
+            shape, dtype = values.size(name)
+            if shape != self.shape(named[weight]):
+                value = values[name]
+                for piece in self.pieces:
+                    state[piece][key] = number(value) if dtype == torch.float64 else self.scalar(value, piece)
+                continue
             for piece in self.pieces:
-                if cut and key not in state[piece]:  # setdefault would fill one for every parameter
-                    state[piece][key] = torch.zeros_like(piece, dtype=value.dtype)
-                elif not cut:
-                    state[piece][key] = number(value) if value.dtype == torch.float64 else self.scalar(value, piece)
-            if cut and self.shards_weights:
-                safe_set_local_optimizer_state(named[weight], self.part(named[weight], value), key)
-            elif cut:
-                scatter(named[weight], value, [state[piece][key] for piece in self.pieces])
+                if key not in state[piece]:  # setdefault would fill one for every parameter
+                    state[piece][key] = torch.zeros_like(piece, dtype=dtype)
+            if self.shards_weights:
+                safe_set_local_optimizer_state(named[weight], self.part(named[weight], values, name), key)
+            else:
+                scatter(named[weight], values[name], [state[piece][key] for piece in self.pieces])
         self.set_groups(groups)
 
     def scalar(self, value: Tensor, piece: Tensor) -> Tensor:
         """A number of torch's optimizers, where they look for it."""
         return value.clone().to(piece.device if self.optimizer.param_groups[0].get("fused") else "cpu")
 
-    def part(self, weight: nn.Parameter, value: Tensor) -> Tensor:
-        """What this rank holds of a whole tensor at stage 3: equal parts, the last one filled up."""
-        size, trainer = weight.ds_tensor.numel(), self.module.trainer  # type: ignore[attr-defined]
-        filled = torch.nn.functional.pad(value.flatten(), (0, size * trainer.world_size - value.numel()))
-        return filled.narrow(0, size * trainer.global_rank, size)
+    def part(self, weight: nn.Parameter, values: Mapping[str, Tensor], name: str) -> Tensor:
+        """What this rank holds of a tensor at stage 3: equal parts, the last one filled up. No more of it is read."""
+        size = weight.ds_tensor.numel()  # type: ignore[attr-defined]
+        found = part_of_stored(values, name, size * self.module.trainer.global_rank, size)
+        return torch.nn.functional.pad(found, (0, size - found.numel())) if found.numel() < size else found
 
 
 class AutocastPrecision(DeepSpeedPrecision):
@@ -212,35 +222,3 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
-
-
-def gather(weight: nn.Parameter, pieces: list[Tensor]) -> Tensor:
-    """A parameter's values, whole, from flat pieces that lie as the masters do (stages 1 and 2)."""
-    flat = torch.zeros(weight.numel(), device=weight.device)
-    if weight._hp_mapping is not None:  # type: ignore[attr-defined]
-        here, there = _places(weight, pieces)
-        flat.narrow(*here).copy_(there)
-    torch.distributed.all_reduce(flat)
-    return flat.view_as(weight)
-
-
-def part_in(weight: nn.Parameter, pieces: list[Tensor]) -> Part | None:
-    """What this rank holds of a parameter, in flat pieces that lie as the masters do (stages 1 and 2)."""
-    if weight._hp_mapping is None:  # type: ignore[attr-defined]
-        return None
-    (_, begin, _), values = _places(weight, pieces)
-    return begin, values
-
-
-def scatter(weight: nn.Parameter, value: Tensor, pieces: list[Tensor]) -> None:
-    """Write what this rank holds of a parameter's values into flat pieces (stages 1 and 2)."""
-    if weight._hp_mapping is not None:  # type: ignore[attr-defined]
-        here, there = _places(weight, pieces)
-        there.copy_(value.flatten().narrow(*here))
-
-
-def _places(weight: nn.Parameter, pieces: list[Tensor]) -> tuple[tuple[int, int, int], Tensor]:
-    """Which part of a parameter this rank holds (dimension, start, length), and the part of a piece that it is."""
-    found: Any = weight._hp_mapping  # type: ignore[attr-defined]
-    here, there = found.lp_fragment_address, found.hp_fragment_address
-    return (0, here.start, here.numel), pieces[found.param_group_index].narrow(0, there.start, there.numel)
