@@ -105,12 +105,23 @@ def _fault(path: Path, size: int, modified: int) -> str | None:
     return None
 
 
+@contextmanager
+def opened(path: Path | BinaryIO) -> Iterator[Image.Image]:
+    """``Image.open`` with a higher limit: PIL takes what a telephone of 200 megapixels makes for an attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 2**30
+    try:
+        with Image.open(path) as file:
+            yield file
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def open_picture(path: Path | BinaryIO) -> Image.Image:
     """A picture as 8-bit RGB, upright: EXIF-rotated, transparency over white, 16 bit scaled rather than clipped.
 
     Raises ValueError for 32-bit pixels, whose white may be any number.
     """
-    with Image.open(path) as file:
+    with opened(path) as file:
         file.load()
         image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):

@@ -13,9 +13,10 @@ MARKS = ".,;:!?'\""
 def read_prompts(prompts: Any, key: str = "infer.prompts") -> list[str]:
     """Prompts from one, a list of them, or the name of a text file with one a line; UserError without any."""
     texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
-    if isinstance(prompts, str) and (prompts.endswith(".txt") or os.path.isfile(prompts)):
-        try:
-            texts = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    path = os.path.expanduser(prompts) if isinstance(prompts, str) else ""
+    if path.endswith(".txt") or os.path.isfile(path):
+        try:  # utf-8-sig: without the mark that some editors begin a file with
+            texts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{key}: {prompts} cannot be read ({error}); type a UTF-8 text file") from None
     if not texts or any(text is None or not str(text).strip() for text in texts):

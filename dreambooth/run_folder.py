@@ -86,6 +86,10 @@ def find_run(cfg: DictConfig, folder: Path) -> Run:
         free = own[-1] if own else next(islice(numbered(folder), len(taken), None))
     run = Run(free, _finished(cfg, free) if _begun(free) else None)
     if is_rank_zero():
+        if run.summary is None:
+            from dreambooth.data.checks import writable  # not above: the name of a run folder needs no torch
+
+            writable(free, "hydra.run.dir")
         os.environ[FOLDER_VARIABLE] = f"{folder}\n{free}"
     return run
 
@@ -153,8 +157,6 @@ def _finished(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
             told = "%s is finished (%s steps): to train on, type hydra.run.dir=%s and %s; to begin afresh, resume=false"
             log.info(told, folder, summary["steps"], folder, more)
             return dict(summary)
-    if is_rank_zero() and not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"the run folder {folder} cannot be written: make it writable, or set hydra.run.dir=DIR")
     return None
 
 

@@ -92,8 +92,8 @@ def _fit(
         "model.optim.lr is taken as it is, whatever their number",
         *(math.prod(factors), " and as many of the class" if data.paired else "", *factors),
     )
-    if by_epochs:
-        trainer.fit_loop.epoch_loop.max_steps = math.ceil(cfg.trainer.max_epochs * data.epoch_size / math.prod(factors))
+    if by_epochs:  # an epoch's last batch counts only when it is full, as MindONE drops it
+        trainer.fit_loop.epoch_loop.max_steps = cfg.trainer.max_epochs * max(1, data.epoch_size // math.prod(factors))
     fit(trainer, module, data, cfg.resume)
     trainer.strategy.barrier()  # the first rank writes the summary
 

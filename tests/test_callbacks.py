@@ -1,15 +1,18 @@
-"""Progress on a terminal and in a log."""
+"""Progress on a terminal and in a log, and the rows of metrics.csv."""
 
 import io
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from dreambooth.callbacks.metrics_csv import COLUMNS, MetricsCsv, Row
 from dreambooth.callbacks.progress import Progress
+from dreambooth.errors import UserError
 
 
 class Terminal(io.StringIO):
@@ -56,3 +59,11 @@ def test_a_terminal_gets_one_bar_that_begins_where_the_run_does(monkeypatch: pyt
     quiet.disable()
     follow(quiet, 0, 3)
     assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_is_one_line() -> None:
+    metrics = MetricsCsv()
+    metrics._path = Path("/dev/full")
+    metrics._pending = Row(3, dict.fromkeys(COLUMNS[1:-1], torch.tensor(1.0)), 0.1, 4, None)
+    with pytest.raises(UserError, match=r"^cannot write /dev/full: No space left on device; make room and type the"):
+        metrics._flush()

@@ -87,6 +87,7 @@ def test_published_layouts_train_and_export(tmp_path):
     for name, (fixture, variant, checked, dtype) in CASES.items():
         base = base_of(tmp_path / f"{name}_base", fixture, variant, checked)
         family = StableDiffusion(str(base))
+        assert family.to_pipeline().safety_checker is None  # it paints the class black: no prior is drawn with it
         assert family.scheduler.config.prediction_type == ("v_prediction" if fixture == "sd21" else "epsilon")
         assert family.tokenizer.pad_token == ("!" if fixture in ("sd20", "sd21") else "<|endoftext|>")
         before = {key: value.clone() for key, value in family.unet.state_dict().items()}

@@ -95,10 +95,13 @@ def test_a_run_leaves_what_the_contract_says(finished: RunResult, tiny_sd: Path)
     assert {"dreambooth", "python", "torch", "diffusers"} <= set(summary["versions"])
 
 
-def test_the_first_grid_is_the_untouched_model(finished: RunResult, tiny_sd: Path) -> None:
-    with Image.open(finished.folder / "samples" / "step_000000.png") as sheet:
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_grid_is_of_the_untouched_model_then_of_the_averaged_weights(
+    finished: RunResult, tiny_sd: Path, step
+) -> None:
+    with Image.open(finished.folder / "samples" / f"step_{step:06d}.png") as sheet:
         grid = np.asarray(sheet.convert("RGB"))
-    pipeline = StableDiffusion(str(tiny_sd)).to_pipeline()
+    pipeline = StableDiffusion(str(finished.folder / "pipeline" if step else tiny_sd)).to_pipeline()
     seeds = [picture_seed(1234, 1, picture) for picture in range(2)]
     how = {"steps": 2, "guidance": 3.0, "sampler_type": "DDIM", "negative_prompt": None, "resolution": RESOLUTION}
     drawn = draw(pipeline, ["a photo of a sks dog on the beach"] * 2, seeds, **how)

@@ -14,9 +14,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dreambooth.errors import UserError
-from dreambooth.files import atomic, content_key, list_pictures, open_picture, sweep
+from dreambooth.files import atomic, content_key, list_pictures, open_picture, opened, sweep
 
 KEY = "model.data.instance_dir"
+
+
+def test_a_photo_of_200_megapixels_is_no_attack(tmp_path: Path) -> None:
+    Image.new("1", (16320, 12240)).save(tmp_path / "large.png")
+    usual = Image.MAX_IMAGE_PIXELS
+    with opened(tmp_path / "large.png") as file:
+        assert file.size == (16320, 12240)
+    assert usual == Image.MAX_IMAGE_PIXELS
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "large.png")
 
 
 def test_sorted_verified_and_others_reported_once(photos: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -100,13 +100,16 @@ def test_other_settings_never_overwrite(tiny_sd: Path, tiny_sd_v: Path, tmp_path
     assert [path.read_bytes() for path in first] == bits
 
 
-def test_prompts_are_one_a_list_or_a_file(tmp_path: Path) -> None:
+def test_prompts_are_one_a_list_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a dog\n\n  ein Hund, groß \n", encoding="utf-8")
     assert read_prompts("a dog, a cat") == ["a dog, a cat"]
     assert read_prompts(OmegaConf.create(["a dog", "a cat"])) == ["a dog", "a cat"]
     assert read_prompts(str(file)) == ["a dog", "ein Hund, groß"]
     assert read_prompts("word " * 200) == ["word " * 200]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file.write_bytes(b"\xef\xbb\xbfa dog\r\n")  # as some editors begin and end it
+    assert read_prompts("~/prompts.txt") == ["a dog"]
     file.write_bytes(b"\xff\xfe\xfa")
     for nothing in ("", [], ["a dog", " "], None, str(file), str(tmp_path / "none.txt")):
         with pytest.raises(UserError, match=r"infer\.prompts"):

@@ -1,6 +1,7 @@
 """The pocket world: what it draws and says, its tokenizer and towers, and the weights that ship."""
 
 import json
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -151,6 +152,7 @@ def test_what_ships_is_small_and_its_manifest_says_how_good_it_is():
     assert sum(path.stat().st_size for path in files) <= 25e6
     manifest = json.loads((WEIGHTS.parent / "manifest.json").read_text())
     assert manifest["gates"] == GATES
+    assert manifest.keys() >= {"command", "commit", "seed", "steps"}
     assert all(manifest["figures"][name] >= gate for name, gate in GATES.items())
 
 
@@ -204,12 +206,18 @@ def test_pretrain_makes_all_that_ships(tmp_path):
     }
     steps = [f"pretrain.steps.{name}={count}" for name, count in tiny.items()]
     sizes = ["pretrain.scenes=64", "pretrain.held_out=16", "pretrain.every_nth_prompt=200"]
+    refused = compose(["task=pretrain", f"pretrain.folder={tmp_path}", *steps, *sizes])
+    with pytest.raises(UserError, match="gates not reached"):
+        pretrain(refused)
+    assert not (tmp_path / "weights").exists()
     cfg = compose(["task=pretrain", f"pretrain.folder={tmp_path}", "pretrain.ship_anyway=true", *steps, *sizes])
     out = pretrain(cfg)
     with pytest.raises(UserError, match=r"other settings \(pretrain\.seed 0 → 1; pretrain\.steps\.eye 2 → 3\)"):
         pretrain(compose([*command_of(cfg).split()[1:], "pretrain.seed=1", "pretrain.steps.eye=3"]))
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["command"] == command_of(cfg)
+    assert (manifest["seed"], manifest["steps"]) == (0, tiny)
+    assert manifest["commit"] or not (Path(__file__).parents[1] / ".git").exists()
     assert sorted(path.name for path in (out / "encoders").iterdir()) == sorted(p.name for p in ENCODERS.iterdir())
     published = {str(p.relative_to(WEIGHTS)) for p in WEIGHTS.rglob("*") if p.is_file()}
     assert {str(p.relative_to(out / "base")) for p in (out / "base").rglob("*") if p.is_file()} == published

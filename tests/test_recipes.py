@@ -25,6 +25,8 @@ NEMO = {
     "model.optim.lr": 1e-6,
     "model.optim.weight_decay": 0.0,
     "model.optim.betas": [0.9, 0.999],
+    "model.optim.eps": 1e-8,
+    "trainer.log_every_n_steps": 10,
     "model.sched.name": "constant_with_warmup",
     "model.sched.warmup_steps": 1,
     "model.data.num_workers": 4,
@@ -50,6 +52,7 @@ NEMO = {
 MINDONE = {
     "trainer.max_epochs": 4,
     "trainer.max_steps": None,
+    "trainer.precision": "16-mixed",
     "trainer.gradient_clip_val": None,
     "trainer.accumulate_grad_batches": 1,
     "seed": 3407,
@@ -63,6 +66,7 @@ MINDONE = {
     "model.optim.lr": 2e-6,
     "model.optim.weight_decay": 0.01,
     "model.optim.betas": [0.9, 0.98],
+    "model.optim.eps": 1e-6,
     "model.sched.name": "constant",
     "model.data.num_reg_images": 200,
     "model.data.num_images_per_prompt": 4,
@@ -95,6 +99,12 @@ DIFFUSERS = {
     "model.optim.eps": 1e-8,
     "model.sched.name": "constant",
     "model.sched.warmup_steps": 500,
+    "model.sched.num_cycles": 1,
+    "model.sched.power": 1.0,
+    "model.data.num_workers": 0,
+    "model.data.sampler.inference_steps": 50,
+    "model.data.sampler.unconditional_guidance_scale": 7.5,
+    "model.data.sampler.sampler_type": "PLMS",
     "model.data.num_reg_images": 100,
     "model.data.num_images_per_prompt": 4,
     "model.data.resolution": 512,
@@ -142,3 +152,9 @@ def test_a_recipe_is_its_source(name, key, value):
         tree = compose([f"experiment={name}", "model.data.instance_dir=photos"])
         TREES[name] = OmegaConf.to_container(tree, resolve=True)
     assert reduce(getitem, key.split("."), TREES[name]) == value
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_learns_at_the_rate_that_is_typed(name):
+    tree = compose([f"experiment={name}", "model.data.instance_dir=photos", "model.learning_rate=3e-5"])
+    assert tree.model.optim.lr == 3e-5

@@ -203,7 +203,9 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: py
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"hydra\.run\.dir"):
-        open_run(settings(), tmp_path / "file" / "run")
+        find_run(settings(), tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"^hydra\.run\.dir: /proc/run cannot be written \(.*\); type another hydra"):
+        find_run(settings(), Path("/proc/run"))
 
 
 def test_the_id_needs_no_torch() -> None:

@@ -91,7 +91,7 @@ def test_photos_as_a_telephone_takes_them_are_learned_and_prepared_once(tmp_path
 
 @pytest.mark.slow
 def test_prepare_then_epochs(settings: list[str], tmp_path: Path) -> None:
-    """prepare leaves nothing to make; 2 epochs of 5 photos x 3 repeats in global batches of 4 are 8 steps."""
+    """prepare leaves nothing to make; 2 epochs of 5 photos x 3 repeats are 3 full batches of 4 each."""
     run = f"hydra.run.dir={tmp_path / 'run'}"
     drawn = prepare(compose(["task=prepare", *settings, run]))
     assert sorted(path.name for path in drawn.glob("*.png")) == [f"{index:05d}.png" for index in range(4)]
@@ -102,20 +102,20 @@ def test_prepare_then_epochs(settings: list[str], tmp_path: Path) -> None:
     result = train(cfg)
     assert result.folder == tmp_path / "run"
     assert {
-        "steps": 8,
+        "steps": 6,
         "regularization_generated": 0,
         "latents_encoded": 0,
         "num_instance": 5,
     }.items() <= result.summary.items()
-    assert [path.name for path in checkpoints(result.folder / "checkpoints")] == ["step_000008.ckpt"]
+    assert [path.name for path in checkpoints(result.folder / "checkpoints")] == ["step_000006.ckpt"]
     assert train(cfg) == result
     (result.folder / "summary.json").unlink()  # killed after the last step, before the export
     shutil.rmtree(result.folder / "pipeline")
-    assert train(cfg).summary["resumed_from"] == 8
+    assert train(cfg).summary["resumed_from"] == 6
     assert (result.folder / "pipeline/model_index.json").exists()
     more = train(compose([*settings, run, *epochs, *batches, "trainer.max_epochs=3"]))
-    assert (more.folder, more.summary["steps"], more.summary["resumed_from"]) == (result.folder, 12, 8)
-    assert [int(row[0]) for row in rows_of(more.folder / "metrics.csv")] == list(range(1, 13))
+    assert (more.folder, more.summary["steps"], more.summary["resumed_from"]) == (result.folder, 9, 6)
+    assert [int(row[0]) for row in rows_of(more.folder / "metrics.csv")] == list(range(1, 10))
     with pytest.raises(UserError, match=r"trainer\.max_steps=-1 to count epochs"):
         train(compose([*settings, run, "trainer.max_epochs=2"]))
 
@@ -198,6 +198,8 @@ def test_killed_at_any_moment_it_goes_on(settings: list[str], tmp_path: Path) ->
     assert [int(row[0]) for row in rows_of(folder / "metrics.csv")] == list(range(1, 111))
     whole = train(compose([*settings, f"hydra.run.dir={tmp_path / 'whole'}"]))
     assert whole.summary["resumed_from"] is None
+    losses = [float(row["loss"]) for row in csv.DictReader((whole.folder / "metrics.csv").read_text().splitlines())]
+    assert whole.summary["final"]["loss"] == pytest.approx(sum(losses[-20:]) / 20)
     last = "checkpoints/step_000110.ckpt"
     a, b = (read(run / last, "") for run in (folder, whole.folder))
     assert all(torch.equal(a[name], b[name]) for name in b)

@@ -83,8 +83,13 @@ class MetricsCsv(pl.Callback):
         numbers = {name: f"{value.item():.8g}" for name, value in row.metrics.items()}
         numbers |= {name: "" for name in QUARTERS if numbers[name] == "nan" and numbers["loss"] != "nan"}  # no example
         values = {**numbers, "step": row.step, "seconds": f"{row.seconds:.4f}"}
-        with self._path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow([values[name] for name in COLUMNS])
+        try:
+            with self._path.open("a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow([values[name] for name in COLUMNS])
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror}; make room and type the command again"
+            ) from error
         if self._trainer and row.step % self._trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             told = {f"train/{name}": float(value) for name, value in numbers.items() if value}
             tell(self._trainer, told | {"train/samples_per_second": row.samples / row.seconds}, row.step)

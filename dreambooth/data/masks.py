@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool2d
 
 from dreambooth.data.views import Shape, View, framed, sides
 from dreambooth.errors import UserError
-from dreambooth.files import MASK, fault_of, open_picture
+from dreambooth.files import MASK, fault_of, open_picture, opened
 
 KEY = "model.data.masks"
 ALPHA, FILES = "alpha", "files"
@@ -70,7 +70,7 @@ class Masks:
             if fault:
                 raise UserError(f"{KEY}={FILES}: {mask_of(path)} cannot be read ({fault}); draw it, or type {KEY}=null")
             return str(mask_of(path))
-        with Image.open(path) as file:
+        with opened(path) as file:
             if not file.has_transparency_data:
                 raise UserError(f"{KEY}={ALPHA}: {path} has no transparency; save it with some, or type {KEY}=null")
         return f"the transparency of {path}"
@@ -87,6 +87,6 @@ def mask_files(folder: Path, kind: str | None) -> set[str]:
 
 
 def _alpha(path: Path) -> Image.Image:
-    with Image.open(path) as file:
+    with opened(path) as file:
         file.load()
         return ImageOps.exif_transpose(file).convert("RGBA").getchannel("A")
