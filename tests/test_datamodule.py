@@ -193,7 +193,8 @@ def test_another_model_draws_only_when_something_is_missing(
     module = ready(tiny, photos, regularization_dir=str(tmp_path / "b"), restore_from_path=str(other))
     assert made(module) == (6, 6)
     assert (tmp_path / "a" / "00000.png").read_bytes() != (tmp_path / "b" / "00000.png").read_bytes()
-    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["base"] == str(other)
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert (manifest["base"], manifest["weights"]) == (str(other), StableDiffusion(str(other)).fingerprint())
     shutil.rmtree(other)
     assert made(ready(tiny, photos, regularization_dir=str(tmp_path / "b"), restore_from_path=str(other))) == (0, 0)
     assert made(ready(tiny, photos, with_prior_preservation=False, restore_from_path=str(other))) == (0, 0)
@@ -201,6 +202,17 @@ def test_another_model_draws_only_when_something_is_missing(
         ready(tiny, photos, regularization_dir=str(tmp_path / "b"))
     with pytest.raises(UserError, match="No model at"):
         ready(tiny, photos, regularization_dir=str(tmp_path / "c"), restore_from_path=str(other))
+    shutil.copytree(tiny.source, other)  # another model under the same name
+    lost = tmp_path / "b" / "00000.png"
+    drawn = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(UserError, match=r"restore_from_path is '[0-9a-f]{16}', the set has '[0-9a-f]{16}'.*draw them"):
+        ready(tiny, photos, regularization_dir=str(tmp_path / "b"), restore_from_path=str(other))
+    shutil.rmtree(other)
+    shutil.copytree(tiny_sd_v, other)
+    again = ready(tiny, photos, regularization_dir=str(tmp_path / "b"), restore_from_path=str(other))
+    assert made(again) == (1, 0)
+    assert lost.read_bytes() == drawn
 
 
 @pytest.mark.parametrize(

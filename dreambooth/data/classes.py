@@ -6,7 +6,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from dreambooth.data import checks, regularization
 from dreambooth.data.sources import Source
@@ -40,11 +39,11 @@ class Drawing:
 
     def fill(self, sources: Sequence[Source], device: torch.device, shared: dict[str, Any]) -> int:
         """Draw the missing pictures of all classes, with one pipeline; how many all ranks drew."""
-        pipeline = cache(partial(self.pipeline, device))
-        return sum(
-            regularization.fill(pipeline, source.folder, self.num_reg_images, self.settings(source), **shared)
-            for source in sources
-        )
+        drawer = cache(partial(self.drawer, device))
+        pipeline = cache(lambda: drawer().to_pipeline())
+        fingerprint = None if self.draws_itself else lambda: drawer().fingerprint()
+        count, shared = self.num_reg_images, {**shared, "fingerprint": fingerprint}
+        return sum(regularization.fill(pipeline, each.folder, count, self.settings(each), **shared) for each in sources)
 
     def settings(self, source: Source) -> dict[str, Any]:
         """What the pictures of a class depend on, as their manifest holds it."""
@@ -62,9 +61,9 @@ class Drawing:
         """Whether the family draws, rather than another model."""
         return self.restore_from_path in (None, self.family.source)
 
-    def pipeline(self, device: torch.device) -> DiffusionPipeline:
+    def drawer(self, device: torch.device) -> Family:
         """The family, or the model that ``restore_from_path`` names, on the device."""
         with about(f"model.restore_from_path={self.restore_from_path}"):
             family = self.family if self.draws_itself else type(self.family)(self.restore_from_path)  # type: ignore
         family.move(device)
-        return family.to_pipeline()
+        return family

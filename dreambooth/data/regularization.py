@@ -9,7 +9,7 @@ other picture is the user's own.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ IDENTITY = {  # what two pictures of one set must share: the manifest's name, an
     "guidance_rescale": "model.data.sampler.guidance_rescale",
     "resolution": "model.data.resolution",
 }
+
+WEIGHTS = "weights"  # in the manifest beside a ``base`` that is a path: the fingerprint of what lay there
 
 
 def slot_name(index: int) -> str:
@@ -78,12 +80,14 @@ def inspect(folder: Path, settings: dict[str, Any]) -> tuple[list[Path], list[in
     return own, drawn, manifest
 
 
-def refuse_other(folder: Path, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
+def refuse_other(
+    folder: Path, manifest: dict[str, Any], settings: dict[str, Any], identity: Mapping[str, str] = IDENTITY
+) -> None:
     """Raise UserError with the differences when a manifest names another base, prompt or sampler."""
     other = [
         f"{key} is {settings[name]!r}, the set has {manifest[name]!r}"
-        for name, key in IDENTITY.items()
-        if manifest[name] != settings[name]
+        for name, key in identity.items()
+        if manifest.get(name, settings[name]) != settings[name]
     ]
     if other:
         raise UserError(
@@ -107,17 +111,19 @@ def fill(
     rank: int = 0,
     world: int = 1,
     barrier: Callable[[], None] = lambda: None,
+    fingerprint: Callable[[], str] | None = None,
 ) -> int:
     """Draw what ``folder`` lacks of ``num_images`` pictures; the number drawn by all ranks together.
 
     ``settings`` are those of ``IDENTITY``, ``seed`` and ``num_images_per_prompt``; ``pipeline_source`` is called only
-    by a rank that draws. A set that was begun with another seed goes on with its own.
+    by a rank that draws. A set that was begun with another seed goes on with its own. ``fingerprint`` is for a model
+    whose ``base`` is only a name: asked when something is missing, as another model may lie there by then.
 
     Of two processes that would fill one folder at once the second waits for the first. Not where it has other ranks:
     their barrier would not wait as long as a set may take.
     """
     own, drawn, _ = inspect(folder, settings)
-    alike = (folder, num_images, settings, rank, world, barrier)
+    alike = (folder, num_images, settings, rank, world, barrier, fingerprint)
     if rank or not plan(own, drawn, num_images):  # a whole set may lie where nobody can write
         return _fill(pipeline_source, *alike)
     with alone(folder, "filled", wait=world == 1):
@@ -132,6 +138,7 @@ def _fill(
     rank: int,
     world: int,
     barrier: Callable[[], None],
+    fingerprint: Callable[[], str] | None,
 ) -> int:
     own, drawn, manifest = inspect(folder, settings)
     missing = plan(own, drawn, num_images)
@@ -142,6 +149,9 @@ def _fill(
             log.info("%s: drawn again, because missing or broken: %d pictures", folder, broken)
     barrier()  # until here every rank has seen the same folder
     if missing and rank == 0:
+        if fingerprint is not None:
+            settings = {**settings, WEIGHTS: fingerprint()}
+            refuse_other(folder, manifest if manifest and drawn else {}, settings, {WEIGHTS: IDENTITY["base"]})
         with atomic(folder / MANIFEST) as path:  # names the slots before the first is drawn
             path.write_text(json.dumps({**settings, "slots": sorted(drawn + missing)}, indent=2) + "\n")
     barrier()
