@@ -324,6 +324,23 @@ def test_a_run_killed_before_its_first_checkpoint_measures_the_base_once(finishe
 
 
 @pytest.mark.slow
+def test_lost_pictures_of_the_base_are_drawn_again_by_the_base(finished, tiny_sd, tmp_path):
+    """Of a run whose training is done, as a benchmark leaves one that is to be measured again."""
+    words = [*settings(tiny_sd, tmp_path / "run"), "trainer.max_steps=5", "model.ema.decay=0.9"]
+    run = shutil.copytree(finished.folder, tmp_path / "run")
+    files = [path.relative_to(run) for path in run.glob("evaluation/**/*") if path.suffix in (".png", ".jsonl")]
+    made = {name: (run / name).read_bytes() for name in files}
+    for spoil in (
+        lambda evaluation: shutil.rmtree(evaluation),
+        lambda evaluation: (evaluation / "before" / "00002.png").write_bytes(b"cut short"),
+    ):
+        spoil(run / "evaluation")
+        (run / "summary.json").unlink()
+        assert train(compose(words)).summary["metrics"] == finished.summary["metrics"]
+        assert {name: (run / name).read_bytes() for name in files} == made
+
+
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_when_nothing_is_to_stop_it(tiny_sd, tmp_path):
     words = [*settings(tiny_sd, tmp_path / "run"), "trainer.max_steps=8", "model.optim.lr=1e-9"]
     stopped = train(compose([*words, "callbacks.evaluate.patience=2"]))
