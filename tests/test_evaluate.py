@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth import UserError, compose, config, train
 from dreambooth.callbacks.evaluate import BEST, Evaluate
-from dreambooth.evaluation import evaluate
+from dreambooth.evaluation import check_cards, evaluate
 from dreambooth.generation import generate
 from dreambooth.metrics.curves import read_curves
 from dreambooth.metrics.measure import pictures_of, read_scores, table
@@ -203,10 +203,36 @@ def test_real_pictures_are_not_measured_by_the_pocket_cards(tmp_path):
         evaluate(compose(["task=evaluate", f"evaluate.images={tmp_path}", "evaluate.prompts=a dog"]))
 
 
+@pytest.mark.parametrize(
+    ("typed", "complaint"),
+    [
+        ([], r"draws 512 pixels.*: type metrics=default evaluate=default evaluate\.photos=FOLDER_OF_PHOTOS, or"),
+        (["metrics=default"], r"the cartoons in .*dog: type evaluate\.photos=FOLDER_OF_PHOTOS, and model.*a sks dog'$"),
+        (["metrics=default", "evaluate.photos=null"], r"the cartoons in .*dog: type evaluate\.photos="),
+        (["metrics=default", "evaluate.photos=photos"], None),
+        (["metrics=default", "model.data.instance_dir=photos"], None),
+        (["metrics=default", "model/data=pocket_cat"], None),
+        (["model=sd15", "model.data.instance_dir=photos"], None),
+    ],
+)
+def test_likeness_of_another_model_is_to_photos_that_were_typed(typed, complaint):
+    """Not to the cartoon that the pocket's card shows, under that one's prompts."""
+    cfg = compose(["task=evaluate", "infer.model=some/model", *typed])
+    if complaint is None:
+        check_cards(cfg, 512, "infer.model=some/model draws")
+        return
+    with pytest.raises(UserError, match=complaint) as error:
+        check_cards(cfg, 512, "infer.model=some/model draws")
+    assert "\n" not in str(error.value)
+    check_cards(cfg, cfg.model.data.resolution, "infer.model=some/model draws")  # the pocket's own, or like it
+
+
 @pytest.mark.slow
-def test_a_pipeline_folder_has_no_before(finished, tmp_path):
+def test_a_pipeline_folder_has_no_before(finished, tmp_path, caplog):
     words = [f"infer.model={finished.folder / 'pipeline'}", f"evaluate.out_path={tmp_path / 'out'}"]
+    caplog.set_level("INFO")
     found = evaluate(compose([*words, *MEASURED]))
+    assert f"likeness is to the photos in {SUBJECTS / 'dog'}" in caplog.text
     assert found.folder == tmp_path / "out"
     assert set(found.metrics["before"].values()) == {None}
     assert found.metrics["after"]["dino"] == finished.summary["metrics"]["after"]["dino"]

@@ -189,7 +189,7 @@ class Evaluate(pl.Callback):
             part = measure.picture_rows(folder / name, pictures, self.asked[1])
             rows += measure.score(self.suite, part, measure.open_all(folder, part), self.subjects)
         stopped = self.tradeoff.verdict() if self._measured() != goal else None
-        write(folder, self.suite, rows, best_step=best, stopped=stopped)
+        write(folder, self.suite, rows, self.subjects, best_step=best, stopped=stopped)
         self.seconds += time.perf_counter() - began
 
     def _stop_if_told(self, trainer: pl.Trainer) -> None:
