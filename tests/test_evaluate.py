@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth import UserError, compose, config, train
 from dreambooth.callbacks.evaluate import BEST, Evaluate
@@ -84,6 +85,14 @@ def test_a_run_is_measured_before_meanwhile_and_after(finished):
     subject = [row["dino"] for row in scores if (row["set"], row["role"]) == ("after", "subject")]
     assert sum(subject) / 4 == pytest.approx(summary["metrics"]["after"]["dino"])
     assert {row["nearest"] for row in scores if row["role"] == "subject"} <= {f"{i}.png" for i in range(5)}
+
+
+@pytest.mark.slow
+def test_tensorboard_is_told_every_score_of_the_curves(finished):
+    events, rows = EventAccumulator(str(finished.folder / "tensorboard")).Reload(), curves(finished.folder)
+    for name in ("dino", "clip_i", "clip_t", "pres", "copy", "score"):
+        told = {event.step: event.value for event in events.Scalars(f"evaluate/{name}")}
+        assert told == {int(row["step"]): pytest.approx(float(row[name]), abs=1e-5) for row in rows}, name
 
 
 def test_no_picture_that_chooses_the_step_judges_it():
