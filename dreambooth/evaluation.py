@@ -27,6 +27,7 @@ from dreambooth.run_settings import by_untyped_cards, run_of, settings_of_run, w
 log = logging.getLogger(__name__)
 FOLDER, SCORES, METRICS = "evaluation", "scores.jsonl", "metrics.json"
 BY = "measured"  # the entry of metrics.json that says by what
+PHOTOS = ("model/data", "model.data.instance_dir", "model.data.subjects")  # who types one of these names photos
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def evaluate(cfg: DictConfig) -> Evaluation | None:
     suite = build(cfg.metrics)  # a missing encoder is said before a model is loaded
     after = source.load(cfg)
     if run is None:
-        _check_cards(cfg, after.default_resolution, f"infer.model={cfg.infer.model} draws")
+        check_cards(cfg, after.default_resolution, f"infer.model={cfg.infer.model} draws")
         return _measure(cfg, suite, {"after": after}, None, source.resolution)
     # The base as it was before the first step: a new word there meant its initializer already.
     before: Family = build(cfg.model.family)
@@ -85,17 +86,26 @@ def _measure(
         part = measure.picture_rows(folder / name, sets[name], asked)
         rows += measure.score(suite, part, measure.open_all(folder, part), subjects)
         family.move("cpu")
-    found = write(folder, suite, rows, **{**_noted(folder), BY: how_measured(cfg)})
+    found = write(folder, suite, rows, subjects, **{**_noted(folder), BY: how_measured(cfg)})
     if run is not None and folder == run / FOLDER:
         _into_summary(run, found.metrics)
     return found
 
 
-def _check_cards(cfg: DictConfig, side: int, what: str) -> None:
+def check_cards(cfg: DictConfig, side: int, what: str) -> None:
+    """Raise UserError where pictures would be measured by the scores of model=pocket, or against its cartoons."""
+    own = cfg.evaluate.photos is not None or cfg.evaluate.images is not None
+    photos = "" if own or not by_untyped_cards(cfg, side, *PHOTOS) else " evaluate.photos=FOLDER_OF_PHOTOS"
     if by_untyped_cards(cfg, side, "metrics"):
         raise UserError(
             f"{what} {side} pixels, and the scores of model=pocket know cartoons of {cfg.model.data.resolution}: type "
-            "metrics=default evaluate=default, or the model's own card, such as model=sd15"
+            f"metrics=default evaluate=default{photos}, or the model's own card, such as model=sd15"
+        )
+    if photos:
+        data = cfg.model.data
+        raise UserError(
+            f"{what} {side} pixels, and likeness would be to the cartoons in {data.instance_dir}: type{photos}, and "
+            f"model.data.instance_prompt where the subject is not '{data.instance_prompt}'"
         )
 
 
@@ -134,14 +144,22 @@ def _noted(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def write(folder: Path, suite: Suite, rows: Sequence[Row], **more: Any) -> Evaluation:
-    """Write scores.jsonl and metrics.json (with ``more``), and say the table."""
+def write(
+    folder: Path, suite: Suite, rows: Sequence[Row], subjects: Sequence[measure.Subject], **more: Any
+) -> Evaluation:
+    """Write scores.jsonl and metrics.json (with ``more``), and say the table and whose photos likeness is to."""
     metrics = measure.metrics_of(suite, rows)
     measure.write_scores(folder / SCORES, rows)
     with atomic(folder / METRICS) as path:
         path.write_text(json.dumps({"metrics": metrics, **more}, indent=2) + "\n")
-    log.info("%s\n%s", folder, measure.table(metrics))
+    log.info("%s\n%s\n%s", folder, measure.table(metrics), _like_what(subjects))
     return Evaluation(folder, metrics)
+
+
+def _like_what(subjects: Sequence[measure.Subject]) -> str:
+    """Where the photos lie that likeness is to."""
+    folders = dict.fromkeys(str(subject.paths[0].parent) for subject in subjects if subject.paths)
+    return f"likeness is to the photos in {', '.join(folders)}" if folders else "no photos, so no likeness"
 
 
 def _pictures(
@@ -172,7 +190,7 @@ def _evaluate_folder(cfg: DictConfig) -> Evaluation:
         for place, (path, prompt) in enumerate(zip(paths, prompts, strict=True))
     ]
     images: list[Image.Image] = [open_picture(path) for path in paths]
-    _check_cards(cfg, min(images[0].size), f"evaluate.images={how.images} shows")
+    check_cards(cfg, min(images[0].size), f"evaluate.images={how.images} shows")
     by = how_measured(cfg)
     if how.out_path is None:
         folder = next(folder for folder in numbered(Path(cfg.run_dir) / FOLDER) if _free(folder, rows, by))
@@ -182,7 +200,7 @@ def _evaluate_folder(cfg: DictConfig) -> Evaluation:
             "type another folder"
         )
     scored = measure.score(suite, rows, images, subjects)
-    return write(folder, suite, [*measure.score_photos(suite, subjects), *scored], **{BY: by})
+    return write(folder, suite, [*measure.score_photos(suite, subjects), *scored], subjects, **{BY: by})
 
 
 def _free(folder: Path, rows: Sequence[Row], by: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,6 @@ def test_two_shares_make_one_table_and_a_broken_subject_is_redone_alone(tiny_sd,
     assert scores.read_bytes() == before
     assert (tmp_path / "out" / "dog" / "summary.json").stat().st_mtime_ns == kept
     assert json.dumps(again.rows) == json.dumps(whole.rows)
+    shutil.rmtree(scores.parent)  # with the pictures of the base, of which base_dir has copies
+    assert json.dumps(benchmark(compose(words)).rows) == json.dumps(whole.rows)
+    assert scores.read_bytes() == before

@@ -11,10 +11,11 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth import UserError, compose, config, train
 from dreambooth.callbacks.evaluate import BEST, Evaluate
-from dreambooth.evaluation import evaluate
+from dreambooth.evaluation import check_cards, evaluate
 from dreambooth.generation import generate
 from dreambooth.metrics.curves import read_curves
 from dreambooth.metrics.measure import pictures_of, read_scores, table
@@ -84,6 +85,14 @@ def test_a_run_is_measured_before_meanwhile_and_after(finished):
     subject = [row["dino"] for row in scores if (row["set"], row["role"]) == ("after", "subject")]
     assert sum(subject) / 4 == pytest.approx(summary["metrics"]["after"]["dino"])
     assert {row["nearest"] for row in scores if row["role"] == "subject"} <= {f"{i}.png" for i in range(5)}
+
+
+@pytest.mark.slow
+def test_tensorboard_is_told_every_score_of_the_curves(finished):
+    events, rows = EventAccumulator(str(finished.folder / "tensorboard")).Reload(), curves(finished.folder)
+    for name in ("dino", "clip_i", "clip_t", "pres", "copy", "score"):
+        told = {event.step: event.value for event in events.Scalars(f"evaluate/{name}")}
+        assert told == {int(row["step"]): pytest.approx(float(row[name]), abs=1e-5) for row in rows}, name
 
 
 def test_no_picture_that_chooses_the_step_judges_it():
@@ -203,10 +212,36 @@ def test_real_pictures_are_not_measured_by_the_pocket_cards(tmp_path):
         evaluate(compose(["task=evaluate", f"evaluate.images={tmp_path}", "evaluate.prompts=a dog"]))
 
 
+@pytest.mark.parametrize(
+    ("typed", "complaint"),
+    [
+        ([], r"draws 512 pixels.*: type metrics=default evaluate=default evaluate\.photos=FOLDER_OF_PHOTOS, or"),
+        (["metrics=default"], r"the cartoons in .*dog: type evaluate\.photos=FOLDER_OF_PHOTOS, and model.*a sks dog'$"),
+        (["metrics=default", "evaluate.photos=null"], r"the cartoons in .*dog: type evaluate\.photos="),
+        (["metrics=default", "evaluate.photos=photos"], None),
+        (["metrics=default", "model.data.instance_dir=photos"], None),
+        (["metrics=default", "model/data=pocket_cat"], None),
+        (["model=sd15", "model.data.instance_dir=photos"], None),
+    ],
+)
+def test_likeness_of_another_model_is_to_photos_that_were_typed(typed, complaint):
+    """Not to the cartoon that the pocket's card shows, under that one's prompts."""
+    cfg = compose(["task=evaluate", "infer.model=some/model", *typed])
+    if complaint is None:
+        check_cards(cfg, 512, "infer.model=some/model draws")
+        return
+    with pytest.raises(UserError, match=complaint) as error:
+        check_cards(cfg, 512, "infer.model=some/model draws")
+    assert "\n" not in str(error.value)
+    check_cards(cfg, cfg.model.data.resolution, "infer.model=some/model draws")  # the pocket's own, or like it
+
+
 @pytest.mark.slow
-def test_a_pipeline_folder_has_no_before(finished, tmp_path):
+def test_a_pipeline_folder_has_no_before(finished, tmp_path, caplog):
     words = [f"infer.model={finished.folder / 'pipeline'}", f"evaluate.out_path={tmp_path / 'out'}"]
+    caplog.set_level("INFO")
     found = evaluate(compose([*words, *MEASURED]))
+    assert f"likeness is to the photos in {SUBJECTS / 'dog'}" in caplog.text
     assert found.folder == tmp_path / "out"
     assert set(found.metrics["before"].values()) == {None}
     assert found.metrics["after"]["dino"] == finished.summary["metrics"]["after"]["dino"]
@@ -321,6 +356,23 @@ def test_a_run_killed_before_its_first_checkpoint_measures_the_base_once(finishe
     open_run(compose([*words, "trainer.max_steps=5"]), begun)
     result = train(compose([*words, "trainer.max_steps=5"]))
     assert curves(result.folder) == curves(finished.folder)
+
+
+@pytest.mark.slow
+def test_lost_pictures_of_the_base_are_drawn_again_by_the_base(finished, tiny_sd, tmp_path):
+    """Of a run whose training is done, as a benchmark leaves one that is to be measured again."""
+    words = [*settings(tiny_sd, tmp_path / "run"), "trainer.max_steps=5", "model.ema.decay=0.9"]
+    run = shutil.copytree(finished.folder, tmp_path / "run")
+    files = [path.relative_to(run) for path in run.glob("evaluation/**/*") if path.suffix in (".png", ".jsonl")]
+    made = {name: (run / name).read_bytes() for name in files}
+    for spoil in (
+        lambda evaluation: shutil.rmtree(evaluation),
+        lambda evaluation: (evaluation / "before" / "00002.png").write_bytes(b"cut short"),
+    ):
+        spoil(run / "evaluation")
+        (run / "summary.json").unlink()
+        assert train(compose(words)).summary["metrics"] == finished.summary["metrics"]
+        assert {name: (run / name).read_bytes() for name in files} == made
 
 
 @pytest.mark.slow

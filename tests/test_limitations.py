@@ -1,5 +1,6 @@
 """benchmarks/rarity.py and benchmarks/limitations.py: what a base rarely saw, and what is counted in finished runs."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -73,23 +74,41 @@ def test_places_are_counted_by_how_often_the_base_saw_them(tmp_path: Path) -> No
     records = [record for run in runs for record in limitations.look(run, referee)]
     assert len(records) == 2 * 2 * len(CONTEXTS)
     counts = {noun: {name: 640 // rarity(noun, name) for name in PLACES} for noun in NOUNS}
-    lines = limitations.rarity_table(records, counts).splitlines()[2:]
+    lines = limitations.rarity_table(limitations.by_rarity(records, counts)).splitlines()[2:]
     assert lines[0] == "| 1 | 640 to 640 | 2 | 1.00 | 1.00 |  |"
     assert lines[1] == "| 1/8 | 80 to 80 | 2 | 1.00 | 1.00 | +0.00 (+0.00 to +0.00) |"
     assert lines[2] == "| 1/64 | 10 to 10 | 2 | 1.00 | 0.50 | -0.50 (-1.00 to +0.00) |"
-    by_place = limitations.table(records).splitlines()[2:]
+    by_place = limitations.table(limitations.by_place(records)).splitlines()[2:]
     wrong = next(line for line in by_place if line.startswith(f"| {rarest['dog'][0]} "))
     assert " 1.00 | 0.50 |" in wrong
 
 
-def test_the_command_asks_the_base_for_what_it_saw(tmp_path: Path, monkeypatch, capsys) -> None:
-    run_of(tmp_path, "dog", set())
-    monkeypatch.setattr("sys.argv", ["limitations", str(tmp_path)])
-    limitations.main()
-    assert "| seen |" not in capsys.readouterr().out
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / SEEN).write_text(json.dumps({noun: dict.fromkeys(PLACES, 3) for noun in NOUNS}))
+def test_the_command_asks_the_base_for_what_it_saw_and_writes_tables(tmp_path: Path, monkeypatch, capsys) -> None:
+    folders = [tmp_path / "seed1", tmp_path / "seed2"]
+    for folder, subject in zip(folders, ("dog", "cat"), strict=True):
+        run_of(folder, subject, set())
+    monkeypatch.setattr("sys.argv", ["limitations", *map(str, folders)])
     limitations.main()
     out = capsys.readouterr().out
-    assert "| 1 | 3 to 3 | 3 | 1.00 | 1.00 |" in out  # none is rarer
+    assert "| seen |" not in out
+    assert out == (tmp_path / "limitations.md").read_text() + f"{tmp_path / 'limitations.md'}\n"
+    assert "Counted in seed1/dog, seed2/cat." in out
+    with (tmp_path / "limitations.csv").open(newline="") as file:
+        rows = {row["place"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == CONTEXTS.keys()
+    night = rows["night"]
+    assert [night[name] for name in ("photos", "pictures", "right_before", "right")] == ["no", "2", "1.0", "1.0"]
+    assert night["dino"] == "0.5"
+    assert not (tmp_path / "limitations_rarity.csv").exists()
+    (folders[0] / "base").mkdir()
+    (folders[0] / "base" / SEEN).write_text(json.dumps({noun: dict.fromkeys(PLACES, 3) for noun in NOUNS}))
+    limitations.main()
+    out = capsys.readouterr().out
+    assert "| 1 | 3 to 3 | 6 | 1.00 | 1.00 |" in out  # none is rarer
     assert "1/8" not in out
+    with (tmp_path / "limitations_rarity.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert [row[name] for name in ("times_less_seen", "scenes_low", "right", "less")] == ["1", "3", "1.0", ""]
+    monkeypatch.setattr("sys.argv", ["limitations", str(folders[1])])
+    limitations.main()  # of one run, in it
+    assert capsys.readouterr().out.splitlines()[-1] == str(folders[1] / "limitations.md")

@@ -1,23 +1,14 @@
-"""Scores by hand, the encoders' formulas, and the trade-off that chooses and stops."""
+"""Scores by hand, the pocket encoders' formulas, and the trade-off that chooses and stops."""
 
-import time
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
-import timm
 import torch
-from huggingface_hub import constants
 from PIL import Image
-from safetensors.torch import save_file
-from torchmetrics.functional.image.lpips import _LPIPS
-from torchvision.models import alexnet
 
 from dreambooth import UserError, compose
 from dreambooth.config import build
-from dreambooth.families.folder import locate
-from dreambooth.metrics.encoders import Lpips, OpenClip, TimmViT, lpips
 from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.measure import Asked, Subject, metrics_of, table, unheard
 from dreambooth.metrics.pictures import Pictures
@@ -192,62 +183,6 @@ def test_pocket_lpips_is_the_formula_over_its_blocks(photographs):
     assert table[0, 1].item() == pytest.approx(total, rel=1e-4)
 
 
-@pytest.mark.slow
-def test_real_encoders_read_local_files_only(tmp_path, photographs):
-    """The published architectures with random weights, written where the keys point; nothing is downloaded."""
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_small_patch16_224.dino", num_classes=0)
-    save_file(vit.state_dict(), tmp_path / "dino.safetensors")
-    dino = TimmViT(checkpoint_path=str(tmp_path / "dino.safetensors"))
-    seen = dino.images(photographs[:2])
-    upright = dino.transform(photographs[0])
-    assert upright.shape == (3, 224, 224)
-    with torch.no_grad():
-        token = vit.eval().forward_features(upright[None])[:, 0]  # the class token behind the last norm
-    assert torch.allclose(seen[:1], token / token.norm(), atol=1e-5)
-
-    name = "ViT-S-32-alt"  # the smallest that open_clip knows; the code takes any
-    torch.save(open_clip.create_model(name).state_dict(), tmp_path / "clip.pt")
-    clip = OpenClip(name, str(tmp_path / "clip.pt"))
-    similarity = clip.images(photographs[:2]) @ clip.texts(["a dog", "a cat"]).T
-    assert similarity.shape == (2, 2)
-    assert similarity.abs().max() <= 1
-
-    backbone = alexnet()
-    torch.save(backbone.state_dict(), tmp_path / "alexnet.pth")
-    table = Lpips("alex", str(tmp_path / "alexnet.pth"), side=64).distances(photographs[:3])
-    reference = _LPIPS(pretrained=True, net="alex", pnet_rand=True).eval()
-    own = reference.net.state_dict()
-    reference.net.load_state_dict({key: backbone.features.state_dict()[key.split(".", 1)[1]] for key in own})
-    pixels = torch.stack([torch.from_numpy(np.array(photo)).permute(2, 0, 1) / 127.5 - 1 for photo in photographs[:3]])
-    with torch.no_grad():
-        assert table[0, 1].item() == pytest.approx(reference(pixels[:1], pixels[1:2]).item(), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_a_missing_encoder_is_one_line_with_its_key(tmp_path):
-    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
-    (tmp_path / "pickle.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    wrong = tmp_path / "vgg.pth"
-    torch.save({"features.0.weight": torch.zeros(3)}, wrong)
-    for make, key in (
-        (lambda: OpenClip("ViT-B-16", str(tmp_path / "pickle.pt")), "metrics.encoders.clip.pretrained"),
-        (lambda: TimmViT(checkpoint_path=str(tmp_path / "bad.safetensors")), "metrics.encoders.dino.checkpoint_path"),
-        (lambda: Lpips("alex", str(tmp_path / "absent.pth")), "metrics.encoders.lpips.backbone_path"),
-        (lambda: Lpips("alex", str(wrong)), "metrics.encoders.lpips.backbone_path"),
-    ):
-        with pytest.raises(UserError, match=key) as error:
-            make()
-        assert "\n" not in str(error.value)
-    assert lpips("alex", None) is None
-
-
-def test_an_encoder_of_the_hub_that_is_not_there_names_its_key(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"metrics\.encoders\.dino\.checkpoint_path"):
-        TimmViT()
-
-
 def test_the_metrics_node_builds_a_suite_and_its_table_reads(photographs):
     suite = build(compose().metrics)
     photos = Pictures(photographs)
@@ -353,23 +288,3 @@ def test_prompts_file_is_named_in_the_error(tmp_path: Path):
 
     with pytest.raises(UserError, match=r"evaluate\.prompts"):
         wanted({"prompts": [], "num_images_per_prompt": 1, "class_prompts": "a dog", "num_class_images": 1}, [])
-
-
-@pytest.mark.parametrize("offline", [True, False])
-def test_what_the_hub_does_not_give_is_one_line_at_once(offline, tmp_path, monkeypatch, capfd):
-    """Told to be offline, or left to find that nobody answers: no retries, no lines of the libraries."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    began = time.process_time(), time.perf_counter()
-    for load, key in (
-        (OpenClip, "metrics.encoders.clip.pretrained"),
-        (TimmViT, "metrics.encoders.dino.checkpoint_path"),
-        (lambda: locate("nobody/nothing"), "hf download nobody/nothing"),
-    ):
-        with pytest.raises(UserError, match=f"hub.*{key}") as caught:
-            load()
-        assert "\n" not in str(caught.value)
-    assert capfd.readouterr() == ("", "")
-    assert time.perf_counter() - began[1] < 10 + 5 * (time.process_time() - began[0])  # 58 seconds of sleep before
-    assert constants.HF_HUB_OFFLINE is offline

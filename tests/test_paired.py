@@ -104,6 +104,20 @@ def test_a_score_of_ones_own_is_in_every_table(records, tmp_path):
     assert text.startswith("| step | subjects | dino | clip_i | clip_t | pres | div | copy | sharp | score |")
 
 
+def test_the_footer_is_true_of_its_own_means_whatever_the_order_of_the_runs(records, tmp_path):
+    """Three pictures of one prompt and one of another, whose own mean counts the prompts."""
+    run = tmp_path / "prompts" / "cat"
+    write_run(run, [], [])
+    rows = [row("after", "subject", n, dino=0.8 if n == 3 else 0.2) | {"prompt_index": n // 3} for n in range(4)]
+    (run / "evaluation" / "scores.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    metrics = {"encoders": {"dino": "a ViT"}, "average": "prompts", "after": {"dino": 0.5}}
+    (run / "summary.json").write_text(json.dumps({"seconds": {}, "metrics": metrics}))
+    text = paired.write(tmp_path, [{"overrides": ["task=benchmark"], "folder": str(tmp_path / "prompts")}])
+    assert "| all | 0.350 |" in text
+    assert "means count every picture once." in text
+    assert "every prompt" not in text
+
+
 def test_tables_are_written(records, tmp_path):
     text = paired.write(tmp_path, records)
     assert text.startswith("Means over 4 trainings")

@@ -1,12 +1,20 @@
-"""The published recipes, each value as its source has it: a change of a default of ours must not change them."""
+"""The published recipes, each value as its source has it: a change of a default of ours must not change them.
+
+And the experiments: what each of them sweeps, as docs/experiments.md says.
+"""
 
 from functools import reduce
+from itertools import product
 from operator import getitem
 
+import hydra
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from dreambooth.config import compose
+from dreambooth.config import CONF, compose, register_resolvers
 
 # NVIDIA NeMo v2.4.0, examples/multimodal/text_to_image/dreambooth/conf/dreambooth.yaml and dreambooth_infer.yaml
 NEMO = {
@@ -158,3 +166,33 @@ def test_a_recipe_is_its_source(name, key, value):
 def test_a_recipe_learns_at_the_rate_that_is_typed(name):
     tree = compose([f"experiment={name}", "model.data.instance_dir=photos", "model.learning_rate=3e-5"])
     assert tree.model.optim.lr == 3e-5
+
+
+SEEDS, PRIOR = {"seed": [1, 2, 3]}, {"model.with_prior_preservation": [True, False]}
+SWEPT = {  # steps, and the settings; differences are from the first one
+    "table3": (400, PRIOR | SEEDS),
+    "table4": (400, {"benchmark.noun": [None, "", "boot"]} | SEEDS),
+    "table5": (400, {"benchmark.num_photos": [1, 2, 3, 4, 5]}),
+    "text_encoder": (400, {"model.train_text_encoder": [False, True]}),
+    "prior_weight": (400, {"model.prior_loss_weight": [1.0, 0.1, 3.0]}),
+    "overfitting": (1000, PRIOR),
+    "mindone_figures": (1000, PRIOR),
+}
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_an_experiment_sweeps_what_its_page_says(name):
+    steps, settings = SWEPT[name]
+    register_resolvers()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = hydra.compose("config", [f"experiment={name}"], return_hydra_config=True)
+    assert cfg.hydra.mode is RunMode.MULTIRUN  # by itself, without -m
+    parser, typed = OverridesParser.create(), [f"{key}={values}" for key, values in cfg.hydra.sweeper.params.items()]
+    (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(typed), None)
+    found = [{one.key_or_group: one.value() for one in parser.parse_overrides(list(job))} for job in jobs]
+    assert found == [dict(zip(settings, values, strict=True)) for values in product(*settings.values())]
+    assert (cfg.name, cfg.trainer.max_steps) == (name, steps)
+    if name == "mindone_figures":
+        assert (cfg.task, len(cfg.evaluate.prompts), len(cfg.evaluate.class_prompts)) == ("train", 3, 3)
+    else:
+        assert (cfg.task, list(cfg.benchmark.subjects)) == ("benchmark", ["dog", "cat2", "teapot"])

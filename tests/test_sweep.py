@@ -371,6 +371,20 @@ def test_a_sweep_of_failures_leaves_no_older_table_standing(sweep, tmp_path: Pat
     assert (folder / "sweep.md").read_text().count("failed: ") == 2
 
 
+def test_a_benchmark_that_fails_in_a_sweep_leaves_no_older_comparison_standing(tmp_path: Path) -> None:
+    """They would be of the jobs before, beside the new table."""
+    records = []
+    for seed in (1, 2):
+        run = make_run(tmp_path / str(seed) / "dog")
+        results.write(run.parent, results.table({"dog": run}))
+        records.append(record(run.parent, f"model.prior_loss_weight={seed}", task="benchmark"))
+    finish(tmp_path, records)
+    usual = {"comparison-dog.html", "paired.csv", "paired.md", "sweep.csv", "sweep.md"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == usual
+    finish(tmp_path, [records[0], records[1] | {"error": "no room", "folder": str(tmp_path / "3")}])
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"sweep.csv", "sweep.md"}
+
+
 def test_a_run_without_a_summary_is_a_row(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     finish(tmp_path, [record(tmp_path / "one", "seed=1"), record(tmp_path / "one", "seed=2")])

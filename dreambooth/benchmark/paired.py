@@ -18,6 +18,7 @@ from dreambooth.metrics.intervals import interval, mean
 from dreambooth.metrics.measure import read_scores
 from dreambooth.metrics.method import ways
 
+FILES = ("paired.md", "paired.csv")
 Unit = tuple[str, str]  # subject, seed
 Scores = dict[tuple[Any, ...], dict[str, float | None]]  # (role, prompt number, picture number) to the scores
 
@@ -69,13 +70,16 @@ def outcomes_of(records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
 
 
 def write(folder: Path, records: Sequence[Mapping[str, Any]]) -> str:
-    """paired.md and paired.csv of a sweep over benchmarks; the text of the former."""
+    """Write FILES of a sweep over benchmarks; the text of paired.md."""
     outcomes = outcomes_of(records)
     rows = compare(outcomes)
-    text = markdown(rows, ways(metrics for each in outcomes for metrics in each.metrics))
-    with atomic(folder / "paired.md") as path:
+    # Whatever order of averaging the runs' own tables have: a difference is one of pictures, and so are the means here.
+    measured_by = [{**metrics, "average": "pictures"} for each in outcomes for metrics in each.metrics]
+    text = markdown(rows, ways(measured_by))
+    page, sheet = (folder / name for name in FILES)
+    with atomic(page) as path:
         path.write_text(text)
-    with atomic(folder / "paired.csv") as path, path.open("w", newline="") as file:
+    with atomic(sheet) as path, path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(rows[0])
         writer.writerows(

@@ -23,7 +23,7 @@ from dreambooth.metrics import measure
 from dreambooth.metrics.curves import CURVES, read_curves, write_curves
 from dreambooth.metrics.tradeoff import Tradeoff
 from dreambooth.noise import seed_of
-from dreambooth.picture_files import batches_of, draw_batch, draw_through, foreign_picture
+from dreambooth.picture_files import batches_of, draw_batch, draw_through, foreign_picture, missing
 from dreambooth.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Evaluate(pl.Callback):
         counts = {"num_images_per_prompt": num_images_per_prompt, "num_class_images": num_class_images}
         counts["seed"] = seed_of(seed, "curve")
         self.curve = {**self.final, **counts}
-        self.every, self.resolution = every_n_train_steps, cfg.model.data.resolution
+        self.model, self.every, self.resolution = cfg.model, every_n_train_steps, cfg.model.data.resolution
         self.subjects, self.suite = measure.Subject.all_of(cfg), build(cfg.metrics)
         self.asked = [measure.wanted(how, self.subjects) for how in (self.curve, self.final)]
         photos = self.suite.summary(measure.score_photos(self.suite, self.subjects))
@@ -103,6 +103,7 @@ class Evaluate(pl.Callback):
         best = self._settle(trainer, pl_module)
         self._draw_set(trainer, pl_module, "after")
         if trainer.is_global_zero:
+            self._redraw_base(folder / FOLDER / "before", trainer.strategy.root_device)
             self._write(folder / FOLDER, best, trainer.max_steps)
 
     def _settle(self, trainer: pl.Trainer, pl_module: Any) -> int:
@@ -169,6 +170,17 @@ class Evaluate(pl.Callback):
             store = self.final["base_dir"] if name == "before" else None
             draw_through(store, family, folder, pictures, f"drawing the pictures {name}")
 
+    def _redraw_base(self, folder: Path, device: torch.device) -> None:
+        """What was lost or cut short of the pictures before, by the base as it came: here it has learned by now."""
+        if not missing(folder, measure.pictures_of(self.asked[1], self.final, "", "", self.resolution)):
+            return
+        began, family = time.perf_counter(), build(self.model.family)
+        with build(self.model.tuning)(family).merged(), on_device(family, device):
+            weights = family.fingerprint(fresh=True)
+            pictures = measure.pictures_of(self.asked[1], self.final, "", weights, self.resolution)
+            draw_through(self.final["base_dir"], family, folder, pictures, "drawing the pictures before")
+        self.seconds += time.perf_counter() - began
+
     def _write(self, folder: Path, best: int, goal: int) -> None:
         began = time.perf_counter()
         rows = measure.score_photos(self.suite, self.subjects)
@@ -177,7 +189,7 @@ class Evaluate(pl.Callback):
             part = measure.picture_rows(folder / name, pictures, self.asked[1])
             rows += measure.score(self.suite, part, measure.open_all(folder, part), self.subjects)
         stopped = self.tradeoff.verdict() if self._measured() != goal else None
-        write(folder, self.suite, rows, best_step=best, stopped=stopped)
+        write(folder, self.suite, rows, self.subjects, best_step=best, stopped=stopped)
         self.seconds += time.perf_counter() - began
 
     def _stop_if_told(self, trainer: pl.Trainer) -> None:

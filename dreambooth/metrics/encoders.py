@@ -5,6 +5,7 @@ are computed from. A name without a path is looked up in the hub's cache, and do
 """
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -133,15 +134,20 @@ class Lpips:
         table = torch.zeros(len(pictures), len(pictures))
         with torch.no_grad():
             for i in range(1, len(pictures)):
-                table[i, :i] = self.model(pixels[i : i + 1].expand(i, -1, -1, -1), pixels[:i]).flatten().cpu()
+                for others in torch.arange(i).split(BATCH):
+                    same = pixels[i : i + 1].expand(len(others), -1, -1, -1)
+                    table[i, others] = self.model(same, pixels[others]).flatten().cpu()
         return table + table.T
 
 
 def _fill(backbone: nn.Module, state: dict[str, Tensor]) -> None:
-    """Torchvision numbers a network's layers through, torchmetrics keeps the same numbers inside slices."""
+    """Torchvision numbers a network's layers through, torchmetrics keeps the same numbers inside slices.
+
+    ``slice1.0.weight`` or, of SqueezeNet, ``slices.0.0.weight`` is ``features.0.weight``.
+    """
     own = backbone.state_dict()
     layers = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
-    found = {name: layers.get(name.split(".", 1)[1]) for name in own}
+    found = {name: layers.get(re.sub(r"^slices?\.?\d+\.", "", name)) for name in own}
     if any(value is None or value.shape != own[name].shape for name, value in found.items()):
         raise UserError("metrics.encoders.lpips.backbone_path: the file holds another network; name the one of net=")
     backbone.load_state_dict(found)

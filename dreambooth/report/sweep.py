@@ -40,6 +40,9 @@ def finish(folder: Path, records: list[dict[str, Any]]) -> Path:
     text = markdown(rows, folder)
     write_csv(folder / "sweep.csv", rows)
     path = write(folder / "sweep.md", text + "\n")
+    for older in (*paired.FILES, COMPARISON, "comparison-*.html"):
+        for stale in folder.glob(older):
+            stale.unlink()  # of the jobs before, which may not be made again from these
     if all(record["task"] == "benchmark" and record["error"] is None for record in records):
         text = paired.write(folder, records)
     compare(folder, rows)
