@@ -85,6 +85,12 @@ class Own(Full):
             0,
             ["stop_text_encoder_at", "strategy=ddp"],
         ),
+        (
+            ["strategy=fsdp", "trainer.devices=2", "trainer.strategy.replicate=3"],
+            0,
+            ["trainer.strategy.replicate=3: 2 ranks", "trainer.strategy.replicate=null"],
+        ),
+        (["strategy=fsdp", "trainer.devices=auto", "trainer.strategy.replicate=3"], 4, ["replicate=3: 4 ranks"]),
         (["strategy=deepspeed_2"], 0, ["needs a GPU", "strategy=fsdp"]),
         (["strategy=deepspeed_3", "trainer.accelerator=cpu"], 2, ["needs a GPU"]),
         (["strategy=deepspeed_3_offload", "model.ema.decay=0.9"], 2, ["model.ema.decay", "strategy=deepspeed_2"]),
@@ -142,6 +148,15 @@ def test_several_nodes_whose_processes_somebody_starts(monkeypatch: pytest.Monke
     monkeypatch.delenv("NODE_RANK")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     checks.check(compose(["trainer.num_nodes=2"]))
+
+
+def test_groups_are_made_of_the_ranks_of_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["strategy=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.num_nodes=3"]
+    checks.check(compose([*words, "trainer.strategy.replicate=3"]))
+    with pytest.raises(UserError, match=r"^trainer\.strategy\.replicate=4: 6 ranks .*; type what divides 6, or"):
+        checks.check(compose([*words, "trainer.strategy.replicate=4"]))
 
 
 def test_a_package_that_is_missing_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
