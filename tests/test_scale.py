@@ -5,10 +5,15 @@ import shutil
 import subprocess
 
 import pytest
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from benchmarks.cost import STRATEGIES, cost, sizes
 from benchmarks.simulate import simulate
 from benchmarks.traffic import expected, measure
+from dreambooth import compose
+from dreambooth.config import build
+from tests.test_tensors import rank_of
 
 TINY = {"block_out_channels": (32, 64), "cross_attention_dim": 16, "attention_head_dim": 4} | {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -42,6 +47,24 @@ def test_a_small_unet_steps_on_ranks_that_are_not_there(shape: tuple[int, ...]) 
     assert found.gradients == found.weights
     assert found.optimizer == pytest.approx(2 * found.weights, rel=0.01)
     assert found.total == pytest.approx(found.formula, rel=0.05)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_the_hybrid_card_shards_within_a_node(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of two ranks, as torchrun starts them, of which one is there."""
+    place = {"RANK": rank, "LOCAL_RANK": rank % 2, "GROUP_RANK": rank // 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
+    for name, value in ({"TORCHELASTIC_RUN_ID": "7", "MASTER_ADDR": "here", "MASTER_PORT": "1"} | place).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # which Lightning sets, for the whole process
+    strategy = build(compose(["strategy=fsdp_hybrid"]).trainer.strategy)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=strategy, logger=False)
+    with rank_of(rank, 4):
+        strategy.setup_environment()
+        mesh = strategy.device_mesh
+        assert mesh.mesh_dim_names == ("replicate", "shard")
+        assert mesh.mesh.tolist() == [[0, 1], [2, 3]]
+        assert mesh["shard"].mesh.tolist() == [[0, 1], [2, 3]][rank // 2]
+    assert trainer.world_size == 4
 
 
 @pytest.mark.exhaustive
