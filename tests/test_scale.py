@@ -3,12 +3,14 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from benchmarks.cost import STRATEGIES, cost, sizes
+from benchmarks.cost import STRATEGIES, cost, memory_table, sizes, traffic_table
 from benchmarks.simulate import simulate
 from benchmarks.traffic import expected, measure
 from dreambooth import compose
@@ -35,6 +37,14 @@ def test_one_rank_sends_nothing_and_many_hold_a_share() -> None:
 def test_the_networks_are_those_that_were_published() -> None:
     assert sizes("SD 1.5")[0] == 859_520_964
     assert sizes("SDXL")[0] == 2_567_463_684
+    assert sizes("SD3 medium")[0] == 2_028_328_000
+    assert sizes("FLUX")[0] == 11_901_408_320
+
+
+@pytest.mark.parametrize("table", [memory_table, traffic_table])
+def test_the_tables_of_the_documentation_are_those_that_are_printed(table: Callable[[], Iterator[str]]) -> None:
+    documented = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    assert "\n\n" + "\n".join(table()) + "\n\n" in documented
 
 
 @pytest.mark.slow
