@@ -10,6 +10,7 @@ FSDP2 is its third stage with float32 shares.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
@@ -100,6 +101,7 @@ def size_of(network: nn.Module) -> int:
     return sum(weight.numel() for weight in network.parameters())
 
 
+@cache
 def sizes(shape: str) -> tuple[int, int]:
     """How many parameters a network has, and its largest block without the blocks within."""
     kind, config = SHAPES[shape]

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5's UNet built, sharded (FSDP2) and stepped as one of many ranks that are not there.
+"""Stable Diffusion 1.5's UNet built, cut as ``strategy=fsdp`` cuts it and stepped as one of many absent ranks.
 
     python -m benchmarks.simulate 8 64 512
 
@@ -17,11 +17,11 @@ import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.cost import blocks_of, cost, size_of
+from benchmarks.cost import cost, size_of
+from dreambooth.parallel.fsdp import shard
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def simulate(ranks: int, shape: tuple[int, ...] | None = None, **config: Any) ->
             warnings.simplefilter("ignore")
             network = UNet2DConditionModel(**config)
             learned = size_of(network)
-            for module in [*blocks_of(network, set(network._no_split_modules or ())), network]:
-                fully_shard(module, mesh=mesh)
+            shard(network, mesh=mesh)
             optimizer = torch.optim.AdamW(network.parameters())
             side, width = 8 * 2 ** (len(network.config.block_out_channels) - 1), network.config.cross_attention_dim
             pictures, prompts = torch.randn(1, 4, side, side), torch.randn(1, 77, width)

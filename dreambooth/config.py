@@ -78,7 +78,7 @@ def settle(cfg: DictConfig, hydra_node: Any, run_dir: str) -> DictConfig:
             "model.from_pretrained is not set; type model.from_pretrained=..., or model=pocket, the shipped one"
         )
     source = f"experiment={choices.get('experiment')}: " if choices.get("experiment") else ""
-    rules.check(_plain(cfg), cards, source)
+    rules.check(_plain(cfg), cards, source, overrides)
     slurm.check(cfg)
     OmegaConf.set_readonly(cfg, True)
     return _typed(cfg, _command(hydra_node))

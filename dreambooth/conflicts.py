@@ -1,14 +1,17 @@
 """What values of several keys may not be together; each complaint is one UserError."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dreambooth.errors import UserError
 from dreambooth.nearest import nearest
+from dreambooth.run_folder import STOPS
 
 TEXT_OR_LIST = ("infer.prompts", "evaluate.prompts", "evaluate.class_prompts", "callbacks.sample_grid.prompts")
 LAST_RATE = 1e-7  # of diffusers' polynomial schedule
 SUBJECT = ("instance_dir", "instance_prompt", "regularization_prompt", "regularization_dir")  # of model.data.subjects
+
+CURVE = "callbacks.evaluate.every_n_train_steps"
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -30,6 +33,16 @@ def check(values: Mapping[str, Any]) -> None:
             )
     _check_prompts(values)
     _check_subjects(values)
+
+
+def check_typed(overrides: Iterable[str], values: Mapping[str, Any]) -> None:
+    """Raise UserError for an override that another value leaves without effect; what cards say is let be."""
+    for key in (override.lstrip("+").partition("=")[0] for override in overrides):
+        if key in STOPS and values.get(key) is not None and values.get(CURVE, "unset") is None:
+            raise UserError(
+                f"{key}={values[key]}: with {CURVE}=null there is no curve to stop by; type a number of steps there, "
+                f"or leave {key} out"
+            )
 
 
 def _check_optimizer(values: Mapping[str, Any]) -> None:

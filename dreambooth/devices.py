@@ -4,10 +4,12 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from dreambooth.families.base import Family
+from dreambooth.slurm import device_count
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -24,6 +26,12 @@ def pick_device(accelerator: str) -> torch.device:
 def all_devices(accelerator: str) -> int:
     """What ``trainer.devices=auto`` comes to here; a CPU is one, whatever its cores."""
     return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())
+
+
+def devices_of(trainer: Any) -> int:
+    """How many devices of this machine ``trainer.devices`` means."""
+    asked = device_count(trainer.devices)
+    return all_devices(trainer.accelerator) if asked is None else asked
 
 
 @contextmanager

@@ -20,10 +20,11 @@ OPEN = ("callbacks", "logger", "metrics.encoders")  # nodes of one's own may be 
 MAY_BE_NULL = ("callbacks.", "metrics.encoders.")  # the nodes there: each is left out with null
 
 
-def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -> None:
+def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str, overrides: Iterable[str]) -> None:
     """Raise UserError at the first key that the cards lack, value of another kind, or value out of range.
 
-    ``source`` is put before a complaint about an unknown key; those can only come from an experiment.
+    ``source`` is put before a complaint about an unknown key; those can only come from an experiment. ``overrides`` are
+    those that were typed.
     """
     values: dict[str, Any] = {}
     _walk(tree, cards, "", values, source, cards)
@@ -39,6 +40,7 @@ def check(tree: Mapping[str, Any], cards: Mapping[str, Any], source: str = "") -
         if value == "" and PATHS.fullmatch(key):
             raise UserError(f"{key} is empty; type a name, or leave it out")
     conflicts.check(values)
+    conflicts.check_typed(overrides, values)
     required = task_of(values["task"]).required
     for key, value in values.items() if required else ():
         if value == MISSING and key.startswith(f"{required}."):

@@ -179,13 +179,11 @@ def allotted(cfg: Any, hydra_node: Any) -> None:
     All jobs are submitted with the same numbers: those of the tree in which nothing is swept.
     """
     for key, word in ALLOTTED.items() if task_of(cfg.task).distributed else ():
-        wanted = device_count(cfg.trainer[key])
-        try:
-            given = hydra_node.launcher[word]
-        except OmegaConfBaseException:  # a list or auto, which the card hands on
+        wanted, given = device_count(cfg.trainer[key]), _given(hydra_node, word)
+        if given is None:
             raise UserError(
                 f"trainer.{key}={cfg.trainer[key]}: SLURM is asked for a number; type hydra.launcher.{word}=NUMBER, too"
-            ) from None
+            )
         if wanted in (None, given):
             continue
         if any(typed.lstrip("+").startswith(f"hydra.launcher.{word}=") for typed in hydra_node.overrides.hydra):
@@ -197,6 +195,14 @@ def allotted(cfg: Any, hydra_node: Any) -> None:
             f"trainer.{key}={wanted} in a sweep whose jobs are all submitted with {given}: type one sweep for each "
             f"number, as in -m trainer.{key}={wanted}"
         )
+
+
+def _given(hydra_node: Any, word: str) -> int | None:
+    """The number that the launcher asks SLURM for; None for -1, auto and a list, which the card hands on."""
+    try:
+        return device_count(hydra_node.launcher[word])
+    except OmegaConfBaseException:
+        return None
 
 
 def submission(error: BaseException) -> UserError | None:

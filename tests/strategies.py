@@ -95,6 +95,7 @@ class Job:
     told: int | None = None  # the step in which the second rank gets USR1
     photos: Path | None = None  # encoded in every step; else latents are made up
     module: dict[str, Any] = field(default_factory=dict)
+    more: tuple[pl.Callback, ...] = ()  # before the export
 
     def __call__(self) -> Any:
         """Run it as this process's rank; the module."""
@@ -112,6 +113,7 @@ class Job:
                 Record(self),
                 Told(self.told),
                 Preemption(),
+                *self.more,
                 Export(merged=True),
                 Checkpoint(2, save_last_k=-1),
             ],

@@ -1,6 +1,8 @@
 """What a strategy cannot do is said in one line, before anything is loaded or written."""
 
+import re
 from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,12 @@ class Own(Full):
             0,
             ["stop_text_encoder_at", "strategy=ddp"],
         ),
+        (
+            ["strategy=fsdp", "trainer.devices=2", "trainer.strategy.replicate=3"],
+            0,
+            ["trainer.strategy.replicate=3: 2 ranks", "trainer.strategy.replicate=null"],
+        ),
+        (["strategy=fsdp", "trainer.devices=auto", "trainer.strategy.replicate=3"], 4, ["replicate=3: 4 ranks"]),
         (["strategy=deepspeed_2"], 0, ["needs a GPU", "strategy=fsdp"]),
         (["strategy=deepspeed_3", "trainer.accelerator=cpu"], 2, ["needs a GPU"]),
         (["strategy=deepspeed_3_offload", "model.ema.decay=0.9"], 2, ["model.ema.decay", "strategy=deepspeed_2"]),
@@ -142,10 +150,39 @@ def test_several_nodes_whose_processes_somebody_starts(monkeypatch: pytest.Monke
     checks.check(compose(["trainer.num_nodes=2"]))
 
 
+def test_groups_are_made_of_the_ranks_of_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "7", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["strategy=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.num_nodes=3"]
+    checks.check(compose([*words, "trainer.strategy.replicate=3"]))
+    with pytest.raises(UserError, match=r"^trainer\.strategy\.replicate=4: 6 ranks .*; type what divides 6, or"):
+        checks.check(compose([*words, "trainer.strategy.replicate=4"]))
+
+
 def test_a_package_that_is_missing_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(zero, "version", absent)
     with pytest.raises(UserError, match=r"strategy=deepspeed_2 .* pip install 'dreambooth\[deepspeed\]'"):
         checks.check(compose(["strategy=deepspeed_2"]))
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [("0.19.7", r"DeepSpeed 0\.19\.7 would .* pip install 'deepspeed>=0\.19\.8'$"), ("0.19.10+cu13", "needs a GPU")],
+)
+def test_a_deepspeed_that_learns_from_what_is_no_number_is_refused(found: str, line: str, monkeypatch) -> None:
+    monkeypatch.setattr(zero, "version", lambda name: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=line):
+        checks.check(compose(["strategy=deepspeed_3"]))
+
+
+def test_the_oldest_deepspeed_is_the_one_that_is_installed_by_the_extra() -> None:
+    setup = Path(__file__).parents[1].joinpath("setup.cfg").read_text()
+    asked = re.findall(r"deepspeed>=(\S+)", setup)
+    assert asked == [zero.OLDEST] * 2
 
 
 def test_a_folder_may_be_gone_on_with_by_other_ranks(tmp_path: Path) -> None:

@@ -108,6 +108,26 @@ def test_no_picture_that_chooses_the_step_judges_it():
     assert not curve & final
 
 
+@pytest.mark.parametrize("plus", ["", "++"])
+@pytest.mark.parametrize("reason", ["patience=3", "max_drift=0.2", "max_forgetting=0.2", "target=0.75"])
+def test_a_reason_to_stop_is_not_typed_where_nothing_is_measured(plus, reason):
+    with pytest.raises(UserError, match=rf"^callbacks\.evaluate\.{reason}: .*_steps=null there is no curve"):
+        compose([f"{plus}callbacks.evaluate.{reason}", "callbacks.evaluate.every_n_train_steps=null"])
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["callbacks.evaluate.every_n_train_steps=null"],
+        ["callbacks.evaluate.every_n_train_steps=null", "callbacks.evaluate.patience=null"],
+        ["experiment=overfitting", "callbacks.evaluate.every_n_train_steps=null"],
+        ["experiment=overfitting", "callbacks.evaluate.patience=3"],
+    ],
+)
+def test_reasons_of_the_cards_and_none_may_stand_where_nothing_is_measured(typed):
+    compose(typed)
+
+
 def test_what_is_exported_is_the_best_step(finished):
     best = load_file(finished.folder / "checkpoints" / "best.safetensors")
     exported = load_file(finished.folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from dreambooth.callbacks.checkpoint import Checkpoint, checkpoints, newest
 from dreambooth.callbacks.ema import Ema
 from dreambooth.callbacks.nan_guard import NanGuard
 from dreambooth.errors import UserError
-from dreambooth.parallel.tensors import read, read_notes
+from dreambooth.parallel import tensors
+from dreambooth.parallel.checkpoint import FORMAT, load
+from dreambooth.parallel.tensors import Entry, read, read_notes, write
 from tests.steps import CONSTANT, module_of, run
 
 EVERYTHING: dict[str, Any] = {
@@ -81,3 +84,40 @@ def test_which_checkpoint(tiny_sd: Path, tiny_sd_v: Path, tmp_path: Path, caplog
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"no checkpoint .* can be read"):
         newest(folder, module.base)
+
+
+@pytest.mark.parametrize(
+    ("notes", "learning", "averaged", "line"),
+    [
+        ({"format": FORMAT + 1}, ["a"], False, r"has another format than this version reads: type resume=false"),
+        ({}, ["a", "b"], False, r"holds other parameters or averages .* type the settings .*, or resume=false"),
+        ({}, [], False, r"holds other parameters or averages"),
+        ({}, ["a"], True, r"holds other parameters or averages"),
+        ({"groups": [{}, {}]}, ["a"], False, r"has other groups of parameters than model\.optim .* resume=false"),
+    ],
+)
+def test_what_does_not_fit_the_run_is_refused(
+    tmp_path: Path, notes: dict[str, Any], learning: list[str], averaged: bool, line: str
+) -> None:
+    """A checkpoint of one parameter and one group, without averages: nothing of it is put anywhere."""
+    path = tmp_path / "step_000002.ckpt"
+    entry = Entry("weights/a", (2,), torch.float32, lambda: (0, torch.ones(2)))
+    write(path, [entry], {"format": FORMAT, "groups": [{}]} | notes)
+    layout = SimpleNamespace(named=lambda: dict.fromkeys(learning), groups=lambda: [{}])
+    module = SimpleNamespace(layout=layout, ema=object() if averaged else None)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} {line}"):
+        load(None, module, path)
+
+
+def test_a_checkpoint_that_another_process_removes_meanwhile_is_said(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "step_000002.ckpt"
+    write(path, [], {"format": FORMAT, "groups": []})
+
+    def last_look(path: Path) -> dict[str, Any]:
+        notes = read_notes(path)
+        path.unlink()
+        return notes
+
+    monkeypatch.setattr(tensors, "read_notes", last_look)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is gone: a newer one .*; type the command again$"):
+        load(None, None, path)

@@ -3,12 +3,19 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from benchmarks.cost import STRATEGIES, cost, sizes
+from benchmarks.cost import STRATEGIES, cost, memory_table, sizes, traffic_table
 from benchmarks.simulate import simulate
 from benchmarks.traffic import expected, measure
+from dreambooth import compose
+from dreambooth.config import build
+from tests.test_tensors import rank_of
 
 TINY = {"block_out_channels": (32, 64), "cross_attention_dim": 16, "attention_head_dim": 4} | {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -30,6 +37,14 @@ def test_one_rank_sends_nothing_and_many_hold_a_share() -> None:
 def test_the_networks_are_those_that_were_published() -> None:
     assert sizes("SD 1.5")[0] == 859_520_964
     assert sizes("SDXL")[0] == 2_567_463_684
+    assert sizes("SD3 medium")[0] == 2_028_328_000
+    assert sizes("FLUX")[0] == 11_901_408_320
+
+
+@pytest.mark.parametrize("table", [memory_table, traffic_table])
+def test_the_tables_of_the_documentation_are_those_that_are_printed(table: Callable[[], Iterator[str]]) -> None:
+    documented = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    assert "\n\n" + "\n".join(table()) + "\n\n" in documented
 
 
 @pytest.mark.slow
@@ -42,6 +57,24 @@ def test_a_small_unet_steps_on_ranks_that_are_not_there(shape: tuple[int, ...]) 
     assert found.gradients == found.weights
     assert found.optimizer == pytest.approx(2 * found.weights, rel=0.01)
     assert found.total == pytest.approx(found.formula, rel=0.05)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_the_hybrid_card_shards_within_a_node(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of two ranks, as torchrun starts them, of which one is there."""
+    place = {"RANK": rank, "LOCAL_RANK": rank % 2, "GROUP_RANK": rank // 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
+    for name, value in ({"TORCHELASTIC_RUN_ID": "7", "MASTER_ADDR": "here", "MASTER_PORT": "1"} | place).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # which Lightning sets, for the whole process
+    strategy = build(compose(["strategy=fsdp_hybrid"]).trainer.strategy)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=strategy, logger=False)
+    with rank_of(rank, 4):
+        strategy.setup_environment()
+        mesh = strategy.device_mesh
+        assert mesh.mesh_dim_names == ("replicate", "shard")
+        assert mesh.mesh.tolist() == [[0, 1], [2, 3]]
+        assert mesh["shard"].mesh.tolist() == [[0, 1], [2, 3]][rank // 2]
+    assert trainer.world_size == 4
 
 
 @pytest.mark.exhaustive

@@ -164,6 +164,8 @@ def test_processes_that_lightning_would_start_are_refused(sweep, tmp_path: Path)
             "trainer.devices=auto",
             "trainer.devices=auto: SLURM is asked for a number; type hydra.launcher.tasks_per_node=",
         ),
+        ("trainer.devices=-1", "trainer.devices=-1: SLURM is asked for a number; type hydra.launcher.tasks_per_node="),
+        ("trainer.devices='-1'", "trainer.devices=-1: SLURM is asked for a number; type hydra.launcher.tasks_per_nod"),
         ("trainer.devices=[0,1]", "trainer.devices=[0, 1]: SLURM is asked for a number; type hydra.launcher.tasks_per"),
         ("hydra.launcher.nodes=2", "trainer.num_nodes=1, but hydra.launcher.nodes=2: type trainer.num_nodes=2, or"),
     ],
@@ -183,6 +185,7 @@ def test_jobs_that_would_be_submitted_with_other_processes_are_refused(sweep, tm
         ["trainer.num_nodes=2", "hydra.launcher.nodes=2"],
         ["trainer.devices=[0,1]", "hydra.launcher.tasks_per_node=2"],
         ["trainer.devices=auto", "hydra.launcher.tasks_per_node=4"],
+        ["trainer.devices=-1", "hydra.launcher.tasks_per_node=4"],
         ["task=benchmark", "hydra.launcher.tasks_per_node=2"],
     ],
 )

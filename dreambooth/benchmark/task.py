@@ -14,11 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from dreambooth.benchmark import results, shared
 from dreambooth.benchmark.protocol import Task, tasks_of
 from dreambooth.config import same_command
-from dreambooth.devices import all_devices
+from dreambooth.devices import devices_of
 from dreambooth.errors import UserError
 from dreambooth.metrics.method import ways
 from dreambooth.run_folder import FOLDER_VARIABLE
-from dreambooth.slurm import device_count
 from dreambooth.tasks import train
 
 log = logging.getLogger(__name__)
@@ -120,10 +119,8 @@ def tree_of(cfg: DictConfig, task: Task, place: Path) -> DictConfig:
 
 def refuse_groups(trainer: Any) -> None:
     """Raise UserError for a trainer of several processes: each would take itself for the first and start others."""
-    devices, nodes = device_count(trainer.devices), trainer.num_nodes
-    if devices is None:
-        devices = all_devices(trainer.accelerator)
-    if devices > 1 or nodes > 1:
+    nodes = trainer.num_nodes
+    if devices_of(trainer) > 1 or nodes > 1:
         raise UserError(
             f"trainer.devices={trainer.devices} trainer.num_nodes={nodes}: task=benchmark trains each subject in one "
             "process; type trainer.devices=1 trainer.num_nodes=1, and to share out the subjects put srun, torchrun "

@@ -41,7 +41,7 @@ class Evaluate(pl.Callback):
 
     Args:
         cfg: the whole tree (this callback's card is ``_partial_``).
-        every_n_train_steps: null draws no curve and keeps no best; the table is made all the same.
+        every_n_train_steps: null draws no curve, keeps no best and stops at nothing; the table is made all the same.
         num_images_per_prompt, num_class_images, seed: of the curves' pictures; their prompts are evaluate.prompts.
         drift_weight, patience, max_drift, max_forgetting, target: see ``Tradeoff``.
     """

@@ -8,7 +8,7 @@ from hydra.utils import get_class, get_object
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from dreambooth.devices import all_devices
+from dreambooth.devices import all_devices, devices_of
 from dreambooth.errors import UserError
 from dreambooth.slurm import device_count, launched_by_srun
 
@@ -100,9 +100,7 @@ def _check_torchrun(trainer: Any) -> None:
     env = os.environ
     if "TORCHELASTIC_RUN_ID" not in env or "LOCAL_WORLD_SIZE" not in env:
         return
-    here, devices = int(env["LOCAL_WORLD_SIZE"]), device_count(trainer.devices)
-    if devices is None:
-        devices = all_devices(trainer.accelerator)
+    here, devices = int(env["LOCAL_WORLD_SIZE"]), devices_of(trainer)
     if devices != here:
         raise UserError(
             f"trainer.devices={trainer.devices}, but torchrun started {here} processes here: type "

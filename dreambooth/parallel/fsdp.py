@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from dreambooth.devices import devices_of
 from dreambooth.errors import UserError
 from dreambooth.parallel.checks import check_sharding
 from dreambooth.parallel.layout import Sharded
@@ -42,16 +43,19 @@ class FsdpStrategy(ModelParallelStrategy):
 
     @staticmethod
     def check(cfg: DictConfig) -> None:
-        """Raise UserError for settings that it has no answer to."""
+        """Raise UserError for settings that it has no answer to, and for ranks that make no equal groups."""
         check_sharding(cfg, "strategy=fsdp")
+        trainer = cfg.trainer
+        groups, ranks = trainer.strategy.get("replicate"), trainer.num_nodes * devices_of(trainer)
+        if groups is not None and ranks % groups:
+            raise UserError(
+                f"trainer.strategy.replicate={groups}: {ranks} ranks cannot be cut into {groups} equal groups; type "
+                f"what divides {ranks}, or trainer.strategy.replicate=null for a group on each node"
+            )
 
     def setup_environment(self) -> None:
         self._setup_distributed()
         groups = self.num_nodes if self.replicate is None else self.replicate
-        if self.world_size % groups:
-            raise UserError(
-                f"trainer.strategy.replicate={groups}: {self.world_size} ranks cannot be cut into {groups} equal groups"
-            )
         shape, names = (self.world_size,), ("shard",)
         if groups > 1:
             shape, names = (groups, self.world_size // groups), ("replicate", "shard")  # type: ignore[assignment]

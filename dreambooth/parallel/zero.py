@@ -1,11 +1,12 @@
 """DeepSpeed's ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054): moments, gradients and weights cut over the ranks."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from packaging.version import Version
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from dreambooth.parallel.layout import Sharded
 from dreambooth.parallel.parts import number
 from dreambooth.parallel.pieces import gather, part_in, scatter
 from dreambooth.parallel.tensors import Part, Stored, part_of_stored
+
+# Older ones step by a gradient that is no number, at every stage: they look for it where weights have 16 bits only.
+OLDEST = "0.19.8"
 
 
 class ZeroLayout(Sharded):
@@ -194,8 +198,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def check(cls, cfg: DictConfig) -> None:
         """Raise UserError where it cannot run, and for settings that it has no answer to."""
         stage, trainer = cfg.trainer.strategy.stage, cfg.trainer
-        if find_spec("deepspeed") is None:
-            raise UserError(f"strategy=deepspeed_{stage} needs DeepSpeed: type pip install 'dreambooth[deepspeed]'")
+        _check_installed(stage)
         if cls.gpus_only and (trainer.accelerator == "cpu" or not torch.cuda.is_available()):
             raise UserError(f"strategy=deepspeed_{stage} needs a GPU: type strategy=ddp or strategy=fsdp")
         check_sharding(cfg, f"strategy=deepspeed_{stage}")
@@ -222,3 +225,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
+
+
+def _check_installed(stage: int) -> None:
+    """Raise UserError without DeepSpeed, and with one that is too old."""
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        raise UserError(
+            f"strategy=deepspeed_{stage} needs DeepSpeed: type pip install 'dreambooth[deepspeed]'"
+        ) from None
+    if Version(found) < Version(OLDEST):
+        raise UserError(
+            f"strategy=deepspeed_{stage}: DeepSpeed {found} would learn from a gradient that is no number; type "
+            f"pip install 'deepspeed>={OLDEST}'"
+        )
