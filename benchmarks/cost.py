@@ -134,7 +134,8 @@ def traffic_table(ranks: int = 8) -> Iterator[str]:
         learned, block = sizes(shape)
         for name in ("ddp", "fsdp", "deepspeed_2", "deepspeed_3"):
             sent = cost(name, learned, block, ranks, half=True).sent / GB
-            times = [f"{sent / speed:.2g} s" for speed in LINKS.values()]
+            seconds = [sent / speed for speed in LINKS.values()]
+            times = [f"{each:.0f} s" if each >= 10 else f"{each:.2g} s" for each in seconds]
             yield "| " + " | ".join([shape, name, f"{sent:.1f}", *times]) + " |"
 
 
