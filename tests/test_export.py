@@ -166,7 +166,7 @@ def test_a_finished_run_is_left_and_a_killed_one_gets_its_end(tiny_sd: Path, pho
     assert after[: len(before)] == before
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_training_is_the_same_with_and_without_looking(tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     looking = tiny_run(tiny_sd, photos, tmp_path / "a", "trainer.max_steps=3")
     blind = tiny_run(tiny_sd, photos, tmp_path / "b", "trainer.max_steps=3", "callbacks.sample_grid=null")

@@ -74,7 +74,7 @@ def test_numbered_pictures_say_how_to_draw_them_again_and_are_kept(tiny_sd: Path
     assert np.array_equal(pixels(paths[3]), lost)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_other_settings_never_overwrite(tiny_sd: Path, tiny_sd_v: Path, tmp_path: Path) -> None:
     first = ask(tiny_sd, tmp_path)
     bits = [path.read_bytes() for path in first]

@@ -214,8 +214,8 @@ def test_what_cannot_be_tuned_so_is_one_line(tiny_sd: Path) -> None:
             compose(["model/tuning=pivotal", f"model.tuning.{wrong}"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["textual_inversion", pytest.param("pivotal", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["textual_inversion", "pivotal"])
 def test_a_run_and_its_pictures(name: str, tiny_sd: Path, photos: Path, tmp_path: Path) -> None:
     """The task trains; task=generate draws what plain diffusers draws with the files, and refuses another model."""
     settings = [f"model/tuning={name}", *short_run(tiny_sd, photos, tmp_path / "run"), "model.tuning.embedding_lr=0.5"]

@@ -81,7 +81,7 @@ def test_gradients_that_are_no_numbers_end_a_run_whose_loss_is_fine(tiny_sd: Pat
     assert all(torch.equal(old, new) for old, new in zip(before, module.learning(), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_scaler_may_look_for_its_scale_but_not_forever(tiny_sd: Path) -> None:
     """Half precision overflows by design until the scale fits; what overflows below 1 was no matter of scale."""
     for scale, ends in ((2.0**24, False), (2.0**3, True)):

@@ -119,7 +119,7 @@ def test_a_stage_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert not torch.equal(first.weight, second.weight)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_average_of_the_denoiser_goes_on_too(tmp_path):
     """Its step is in the checkpoint that is saved after it."""
 

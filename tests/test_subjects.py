@@ -250,8 +250,8 @@ def test_a_prompt_that_the_others_cannot_be_asked_is_refused(tiny_sd: Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("cached", "text"), [(True, False), pytest.param(False, True, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("cached", "text"), [(True, False), (False, True)])
 def test_everything_at_once_resumes_bit_for_bit(
     tiny_sd: Path, two: list, tmp_path: Path, cached: bool, text: bool
 ) -> None:

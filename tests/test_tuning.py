@@ -225,10 +225,8 @@ class Moments(pl.Callback):
         self.kept.append(weight in trainer.optimizers[0].state)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["lora and text encoder", pytest.param("full and text encoder", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["lora and text encoder", "full and text encoder"])
 def test_a_text_encoder_that_stops(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     """From that step on it is what it was, the loss that of reading it online, and a resume before or after exact."""
     make = partial(

@@ -285,7 +285,7 @@ def data(family: StableDiffusion, photos: Path, **changes: Any) -> ShardedDataMo
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_either_set_may_be_in_shards_and_the_other_in_its_folder(
     tiny: StableDiffusion, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
