@@ -175,7 +175,7 @@ SWEPT = {  # steps, and the settings; differences are from the first one
     "table5": (400, {"benchmark.num_photos": [1, 2, 3, 4, 5]}),
     "text_encoder": (400, {"model.train_text_encoder": [False, True]}),
     "prior_weight": (400, {"model.prior_loss_weight": [1.0, 0.1, 3.0]}),
-    "overfitting": (800, PRIOR),
+    "overfitting": (600, PRIOR),
     "mindone_figures": (1000, PRIOR),
 }
 
