@@ -120,15 +120,21 @@ class ZeroLayout(Sharded):
                 scatter(weight, averages[name], list(self.module.ema))
 
     def set_own_weights(self, values: Mapping[str, Tensor]) -> None:
-        """What this rank holds at stage 3, as DeepSpeed reads its own folder: only weights that all hold are sent."""
+        """What this rank holds at stage 3, as DeepSpeed reads its own folder.
+
+        Small weights that all ranks hold whole are sent again where they did already, and left apart before the first
+        step: DeepSpeed learns in that step who reads which, and later would hand out one that is still on its way.
+        """
         from deepspeed.utils import safe_set_local_fp32_param
 
+        whole = any(weight.ds_status.name == "AVAILABLE" for weight in self.zero.persistent_parameters)
         self.zero.checkpoint_event_prologue()
         for name, weight in self.named().items():
             part = self.part(weight, values, name)
             weight.ds_tensor.copy_(part)  # type: ignore[attr-defined]
             safe_set_local_fp32_param(weight, part)
-        self.zero.checkpoint_event_epilogue()
+        if whole:
+            self.zero.checkpoint_event_epilogue()
 
     @torch.no_grad()
     def set_states(self, values: Stored, groups: list[dict[str, Any]]) -> None:
