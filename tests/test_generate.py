@@ -171,6 +171,7 @@ def test_the_grid_of_many_files_opens_one_at_a_time(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_grid_of_somebody_elses_is_never_overwritten(
     tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

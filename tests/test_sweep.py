@@ -144,6 +144,7 @@ def test_every_job_has_its_folder_and_one_that_fails_ends_no_other(sweep, tmp_pa
     assert len(rows_of(folder / "sweep.csv")) == 2
 
 
+@pytest.mark.slow
 def test_processes_that_lightning_would_start_are_refused(sweep, tmp_path: Path) -> None:
     code, out, err = sweep("seed=1,2", "trainer.devices=2")
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -154,6 +155,7 @@ def test_processes_that_lightning_would_start_are_refused(sweep, tmp_path: Path)
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
@@ -178,6 +180,7 @@ def test_jobs_that_would_be_submitted_with_other_processes_are_refused(sweep, tm
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "typed",
     [
@@ -208,6 +211,7 @@ def test_a_model_that_the_jobs_would_not_find_is_refused_before_they_are_submitt
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_cached_is_said_before_jobs_are_submitted_that_may_not_find_it(
     sweep, tmp_path: Path, monkeypatch
 ) -> None:
@@ -224,6 +228,7 @@ def test_a_model_that_is_not_cached_is_said_before_jobs_are_submitted_that_may_n
     assert "submitted" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", ["/nowhere/sd15", "pocket,./nowhere", "nowhere/a/b,pocket"])
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_submitted(sweep, tmp_path: Path, models: str) -> None:
     """Of the values that are swept, too."""
@@ -284,6 +289,7 @@ def died(sweep, tmp_path: Path, monkeypatch):
     return typed
 
 
+@pytest.mark.slow
 def test_a_submitted_job_that_dies_is_a_row_and_the_sweep_ends_with_its_table(died, tmp_path: Path) -> None:
     code, out, err = died("slurmstepd: error: Detected 1 oom_kill event\n")
     folder = tmp_path / "outputs" / "dead"
@@ -299,6 +305,7 @@ def test_a_submitted_job_that_dies_is_a_row_and_the_sweep_ends_with_its_table(di
     assert not (folder / ".sweep").exists()
 
 
+@pytest.mark.slow
 def test_what_a_rank_of_a_submitted_job_refused_is_its_error(died, tmp_path: Path) -> None:
     code, _, err = died("dreambooth: photos/1.jpg cannot be read\nsrun: error: n1: task 1\n", "FAILED")
     assert (code, "Traceback" in err) == (2, False), err
@@ -306,6 +313,7 @@ def test_what_a_rank_of_a_submitted_job_refused_is_its_error(died, tmp_path: Pat
     assert [row["error"] for row in rows] == ["", "photos/1.jpg cannot be read"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_launcher_waits_leaves_without_a_traceback(died, monkeypatch) -> None:
     from submitit import Job
 
@@ -348,6 +356,7 @@ def test_a_sweep_of_two_ranks_under_torchrun(tiny_sd: Path, photos: Path, tmp_pa
     assert [(row["seed"], row["steps"], row["error"]) for row in rows] == [("1", "2", ""), ("2", "2", "")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fails", "jobs"), [("every rank", 2), ("this rank", 1)])
 def test_what_every_rank_refuses_ends_no_sweep_that_torchrun_started(sweep, monkeypatch, fails: str, jobs: int) -> None:
     """A rank that failed alone would be waited for: it ends, and torchrun the others."""
@@ -362,6 +371,7 @@ def test_what_every_rank_refuses_ends_no_sweep_that_torchrun_started(sweep, monk
     assert (code, err.count("dreambooth: model.optim.lr=")) == (0 if fails == "every rank" else 2, jobs), err
 
 
+@pytest.mark.slow
 def test_a_sweep_of_failures_leaves_no_older_table_standing(sweep, tmp_path: Path) -> None:
     folder = tmp_path / "outputs" / "bad"
     folder.mkdir(parents=True)

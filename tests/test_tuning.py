@@ -140,6 +140,7 @@ def check_the_loss(module: Any, prior: bool, photos: Path | None) -> None:
     module._quarters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "rslora"])
 def test_an_adapter_is_added_once_and_taken_off_without_a_trace(tiny_sd: Path, tmp_path: Path, kind: str) -> None:
     """W + s·B·A, merged within itself once; off, or after it, the base bit for bit."""
@@ -293,6 +294,7 @@ def test_dropout_of_an_adapter_is_a_function_of_the_step(tiny_sd: Path, tmp_path
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TUNINGS)
 def test_a_teacher_instead_of_pictures(name: str, tiny_sd: Path, tmp_path: Path) -> None:
     """The class is asked for what the untouched base predicts of its prompt; resume is exact."""
