@@ -50,6 +50,7 @@ def unbound(node: dict, given: int = 0) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.slow  # a second each, and there are a hundred
 @pytest.mark.parametrize(("group", "card"), CARDS, ids=["=".join(card) for card in CARDS])
 def test_every_card_composes_and_binds(group, card):
     cfg = composed(f"{group}={card}", *NEEDED.get(card, [PHOTOS]))
@@ -181,6 +182,7 @@ def test_a_key_of_a_card_that_is_not_in_use_is_told_its_card():
         config.compose(["model=sd15", "callbacks.evaluate.patience=4"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not re.match("nemo|mindone_sd|diffusers", name)])
 def test_an_experiment_of_the_pocket_model_runs_with_another(name):
     """The callbacks that its keys are of are there: with other models than the pocket's they are off."""
