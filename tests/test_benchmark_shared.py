@@ -21,6 +21,7 @@ def key_of(*words: str) -> str:
     return settings_key(tree_of(cfg, dog, Path("run")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

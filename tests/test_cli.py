@@ -146,6 +146,7 @@ def test_the_flags_of_other_trainers_are_answered_with_keys_that_there_are():
     assert not any(flags.unknown(f"--{flag}") for flag in ("help", "multirun", "cfg", "info", "resolve"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -175,6 +176,7 @@ def test_a_misspelt_experiment_of_the_users_is_found(text, words, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["cards"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("card", "text", "words"),
     [

@@ -50,7 +50,6 @@ def unbound(node: dict, given: int = 0) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.slow  # a second each, and there are a hundred
 @pytest.mark.parametrize(("group", "card"), CARDS, ids=["=".join(card) for card in CARDS])
 def test_every_card_composes_and_binds(group, card):
     cfg = composed(f"{group}={card}", *NEEDED.get(card, [PHOTOS]))

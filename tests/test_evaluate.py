@@ -179,6 +179,7 @@ def test_measured_otherwise_a_run_keeps_its_own_figures(finished, tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_damaged_settings_of_a_run_are_one_line(tmp_path):
     for damaged in ("", "{", "other: 1"):
         (tmp_path / "config.yaml").write_text(damaged)

@@ -79,6 +79,7 @@ def ours(
     return replay(tape, overrides, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "how"),
     [

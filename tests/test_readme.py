@@ -38,6 +38,7 @@ def sweepless(command: list[str]) -> list[str]:
     return [word.partition(",")[0] for word in command if word != "-m"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands().values(), ids=[name[:90] for name in commands()])
 def test_every_command_composes(command):
     assert command == ["--help"] or config.compose(command)

@@ -145,6 +145,7 @@ def test_it_says_what_came_of_the_run(run: Path) -> None:
     assert page.sections["nearest"].index("0.73") < page.sections["nearest"].index("0.72")  # the most alike first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "sections", "words"),
     [
@@ -307,6 +308,7 @@ def test_a_broken_part_is_one_line(run: Path, name: str, text: str, words: str) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runs", "words"),
     [

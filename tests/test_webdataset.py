@@ -324,6 +324,7 @@ def test_either_set_may_be_in_shards_and_the_other_in_its_folder(
         data(tiny, photos, regularization_shards=paths).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captions", [True, False])
 def test_dropped_prompts_are_empty_in_either_role(tiny: StableDiffusion, photos: Path, captions: bool) -> None:
     """As often as the key says; where prompts are encoded once, with the embedding of the empty one."""
