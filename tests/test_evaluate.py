@@ -125,7 +125,8 @@ def test_a_reason_to_stop_is_not_typed_where_nothing_is_measured(plus, reason):
     ],
 )
 def test_reasons_of_the_cards_and_none_may_stand_where_nothing_is_measured(typed):
-    compose(typed)
+    evaluate = compose(typed).callbacks.evaluate
+    assert evaluate.every_n_train_steps is None or evaluate.patience == 3
 
 
 def test_what_is_exported_is_the_best_step(finished):
