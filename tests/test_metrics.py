@@ -200,9 +200,9 @@ def test_the_metrics_node_builds_a_suite_and_its_table_reads(photographs):
     assert "nan" not in text
 
 
-def rows_of(*pairs: tuple[float, float]) -> Tradeoff:
+def rows_of(*pairs: tuple[float, float], least_drift: float | None = None) -> Tradeoff:
     """Evaluations every 100 steps of (dino, pres), the photographs at 0.9."""
-    tradeoff = Tradeoff(0.9, drift_weight=1.0, patience=2, max_drift=0.5)
+    tradeoff = Tradeoff(0.9, drift_weight=1.0, least_drift=least_drift, patience=2, max_drift=0.5)
     for number, (dino, pres) in enumerate(pairs):
         tradeoff.add(100 * number, {"dino": dino, "pres": pres})
     return tradeoff
@@ -212,7 +212,9 @@ def test_the_score_is_fidelity_less_drift():
     tradeoff = rows_of((0.1, 0.2), (0.5, 0.2), (0.9, 0.55), (0.8, 0.2))
     assert [row["score"] for row in tradeoff.rows] == pytest.approx([0, 0.5, 0.5, 0.875])
     assert tradeoff.best() == 300
-    assert rows_of((0.1, 0.2), (0.5, -0.5)).rows[1]["score"] == pytest.approx(0.5)
+    assert rows_of((0.1, 0.2), (0.5, -0.5)).rows[1]["score"] == pytest.approx(1.5)
+    assert rows_of((0.1, 0.2), (0.5, -0.5), least_drift=0.0).rows[1]["score"] == pytest.approx(0.5)
+    assert rows_of((0.1, 0.2), (0.5, 0.55), least_drift=0.0).rows[1]["score"] == pytest.approx(0.0)
 
 
 def test_training_stops_when_likeness_has_stopped_rising_or_the_class_drifts():

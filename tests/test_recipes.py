@@ -168,14 +168,14 @@ def test_a_recipe_learns_at_the_rate_that_is_typed(name):
     assert tree.model.optim.lr == 3e-5
 
 
-SEEDS, PRIOR = {"seed": [1, 2, 3]}, {"model.with_prior_preservation": [True, False]}
+SEEDS, PRIOR = {"seed": [1234, 1, 2]}, {"model.with_prior_preservation": [True, False]}
 SWEPT = {  # steps, and the settings; differences are from the first one
     "table3": (400, PRIOR | SEEDS),
     "table4": (400, {"benchmark.noun": [None, "", "boot"]} | SEEDS),
     "table5": (400, {"benchmark.num_photos": [1, 2, 3, 4, 5]}),
     "text_encoder": (400, {"model.train_text_encoder": [False, True]}),
-    "prior_weight": (400, {"model.prior_loss_weight": [1.0, 0.1, 3.0]}),
-    "overfitting": (600, PRIOR),
+    "prior_weight": (400, {"model.prior_loss_weight": [1.0, 0.1]}),
+    "overfitting": (400, PRIOR),
     "mindone_figures": (1000, PRIOR),
 }
 

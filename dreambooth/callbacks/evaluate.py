@@ -43,7 +43,7 @@ class Evaluate(pl.Callback):
         cfg: the whole tree (this callback's card is ``_partial_``).
         every_n_train_steps: null draws no curve, keeps no best and stops at nothing; the table is made all the same.
         num_images_per_prompt, num_class_images, seed: of the curves' pictures; their prompts are evaluate.prompts.
-        drift_weight, patience, max_drift, max_forgetting, target: see ``Tradeoff``.
+        drift_weight, least_drift, patience, max_drift, max_forgetting, target: see ``Tradeoff``.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Evaluate(pl.Callback):
         num_class_images: int = 4,
         seed: int = 1234,
         drift_weight: float = 1.0,
+        least_drift: float | None = None,
         patience: int | None = 3,
         max_drift: float | None = 0.5,
         max_forgetting: float | None = 0.5,
@@ -72,6 +73,7 @@ class Evaluate(pl.Callback):
             photos.get("dino"),
             measure.unheard(self.suite, self.asked[0]),
             drift_weight=drift_weight,
+            least_drift=least_drift,
             patience=patience,
             max_drift=max_drift,
             max_forgetting=max_forgetting,

@@ -16,12 +16,13 @@ class Tradeoff:
     drift      = (pres - pres_base) / (dino_real - pres_base): the share of the way from the class to the subject
     forgetting = (clip_t_base - clip_t) / (clip_t_base - clip_t_unheard): the share of the way from prompts followed as
                  the base follows them to photographs of the subject, whatever the prompt
-    score      = fidelity - ``drift_weight`` * max(drift, 0): a class that moved away from the subject is no merit
+    score      = fidelity - ``drift_weight`` * drift, of drift at least ``least_drift``
 
     Args:
         dino_real: of the photographs among themselves; None (a single photograph) leaves all but forgetting undefined.
         clip_t_unheard: of the photographs with the prompts, as ``measure.unheard`` has it; None: no forgetting.
         drift_weight: how much drift costs.
+        least_drift: what less drift counts as; at 0 a class that has moved away from the subject is no merit.
         patience: stop when fidelity has not risen in that many evaluations (None: never).
         max_drift: stop when drift passes it (None: never).
         max_forgetting: stop when forgetting passes it (None: never).
@@ -34,12 +35,14 @@ class Tradeoff:
         clip_t_unheard: float | None = None,
         *,
         drift_weight: float = 1.0,
+        least_drift: float | None = None,
         patience: int | None = 3,
         max_drift: float | None = 0.5,
         max_forgetting: float | None = 0.5,
         target: float | None = None,
     ) -> None:
         self.real, self.unheard, self.weight = dino_real, clip_t_unheard, drift_weight
+        self.least = float("-inf") if least_drift is None else least_drift
         self.patience, self.max_drift, self.max_forgetting, self.target = patience, max_drift, max_forgetting, target
         self.rows: list[dict[str, Any]] = []
 
@@ -48,7 +51,7 @@ class Tradeoff:
         row: dict[str, Any] = {"step": step, **dict.fromkeys(SCORES), **means}
         self.rows.append(row)
         fidelity, drift = self.fidelity(row), self.drift(row)
-        row["score"] = None if fidelity is None else fidelity - self.weight * max(drift or 0.0, 0.0)
+        row["score"] = None if fidelity is None else fidelity - self.weight * max(drift or 0.0, self.least)
         return row
 
     def fidelity(self, row: dict[str, Any]) -> float | None:
