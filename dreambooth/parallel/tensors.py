@@ -127,23 +127,31 @@ class Stored(Mapping[str, Tensor]):
         return tuple(place[1] if place else held.get_shape()), TYPES[held.get_dtype()]
 
     def part(self, name: str, begin: int, count: int) -> Tensor:
-        """``count`` elements of a tensor, flat, or as many as it has from ``begin`` on; no others are read."""
-        shape, dtype = self.size(name)
-        end = min(begin + count, torch.Size(shape).numel())
-        values, seen = torch.empty(max(0, end - begin), dtype=dtype), 0
-        for file, key, place in self.found[name]:
-            held, at = file.get_tensor(key).flatten(), place[0] if place else 0
-            first, last = max(begin, at), min(end, at + len(held))
-            if first < last:  # copied: pages of the file itself would keep it on the disk when it is pruned
-                values[first - begin : last - begin] = held[first - at : last - at]
-                seen += last - first
-        if seen != len(values):
-            raise ValueError(f"{name}: {seen} of {len(values)} elements")
-        return values
+        """``count`` elements of a tensor, flat, or as many as it has from ``begin`` on; no others are read.
+
+        They may be pages of the file, which would keep it on the disk when it is pruned: copy what you keep.
+        """
+        held = self._held(name, begin, count)
+        return held[0] if len(held) == 1 else torch.cat(held)
 
     def __getitem__(self, name: str) -> Tensor:
         shape, _ = self.size(name)
-        return self.part(name, 0, torch.Size(shape).numel()).view(shape)
+        return torch.cat(self._held(name, 0, torch.Size(shape).numel())).view(shape)
+
+    def _held(self, name: str, begin: int, count: int) -> list[Tensor]:
+        """What each file has of these elements, in their order; at least one tensor, that may be empty."""
+        shape, dtype = self.size(name)
+        end = min(begin + count, torch.Size(shape).numel())
+        found: dict[int, Tensor] = {}
+        for file, key, place in self.found[name]:
+            at = place[0] if place else 0
+            first, last = max(begin, at), min(end, at + torch.Size(file.get_slice(key).get_shape()).numel())
+            if first < last:
+                found[first] = file.get_tensor(key).flatten()[first - at : last - at]
+        held = [found[first] for first in sorted(found)] or [torch.empty(0, dtype=dtype)]
+        if (seen := sum(map(len, held))) != max(0, end - begin):
+            raise ValueError(f"{name}: {seen} of {end - begin} elements")
+        return held
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.found)
