@@ -348,7 +348,7 @@ def test_the_command_and_what_is_not_the_default_are_recorded(tmp_path: Path) ->
     }  # fmt: skip
     assert found["changed"]["model.optim.lr"] == [1e-4, 2e-4]
     assert found["changed"]["trainer.deterministic"] == ["(absent)", True]
-    assert found["changed"]["callbacks.sample_grid"][0]["num_images_per_prompt"] == 4
+    assert found["changed"]["callbacks.sample_grid"][0]["num_images_per_prompt"] == 2
     assert differences(compose(), compose()) == {}
     cards = differences(compose(), compose(["model/weighting=min_snr"]))
     assert cards.keys() == {"model.weighting._target_", "model.weighting.gamma"} or "model.weighting.gamma" in cards
