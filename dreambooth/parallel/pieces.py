@@ -1,11 +1,12 @@
 """Parameters in the flat pieces that ZeRO's stages 1 and 2 give each rank; where, their ``_hp_mapping`` says."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dreambooth.parallel.tensors import Part
+from dreambooth.parallel.tensors import Part, part_of_stored
 
 
 def gather(weight: nn.Parameter, pieces: list[Tensor]) -> Tensor:
@@ -26,11 +27,11 @@ def part_in(weight: nn.Parameter, pieces: list[Tensor]) -> Part | None:
     return begin, values
 
 
-def scatter(weight: nn.Parameter, value: Tensor, pieces: list[Tensor]) -> None:
-    """Write what this rank holds of a parameter's values into flat pieces (stages 1 and 2)."""
+def scatter(weight: nn.Parameter, values: Mapping[str, Tensor], name: str, pieces: list[Tensor]) -> None:
+    """Write what this rank holds of the values of that name into flat pieces (stages 1 and 2); no more is read."""
     if weight._hp_mapping is not None:  # type: ignore[attr-defined]
-        here, there = _places(weight, pieces)
-        there.copy_(value.flatten().narrow(*here))
+        (_, begin, count), there = _places(weight, pieces)
+        there.copy_(part_of_stored(values, name, begin, count))
 
 
 def _places(weight: nn.Parameter, pieces: list[Tensor]) -> tuple[tuple[int, int, int], Tensor]:

@@ -113,11 +113,10 @@ class ZeroLayout(Sharded):
             self.set_own_weights(values)
             return
         for name, weight in self.named().items():
-            value = values[name]
-            weight.copy_(value)
-            scatter(weight, value, self.pieces)
+            weight.copy_(values[name])
+            scatter(weight, values, name, self.pieces)
             if self.module.ema is not None:
-                scatter(weight, averages[name], list(self.module.ema))
+                scatter(weight, averages, name, list(self.module.ema))
 
     def set_own_weights(self, values: Mapping[str, Tensor]) -> None:
         """What this rank holds at stage 3, as DeepSpeed reads its own folder.
@@ -155,7 +154,7 @@ class ZeroLayout(Sharded):
             if self.shards_weights:
                 safe_set_local_optimizer_state(named[weight], self.part(named[weight], values, name), key)
             else:
-                scatter(named[weight], values[name], [state[piece][key] for piece in self.pieces])
+                scatter(named[weight], values, name, [state[piece][key] for piece in self.pieces])
         self.set_groups(groups)
 
     def scalar(self, value: Tensor, piece: Tensor) -> Tensor:
